@@ -1,0 +1,251 @@
+"""The whole configuration: one frozen, strict tree of models, read from YAML with every fault at once.
+
+Relative file paths are relative to the folder of the YAML file and resolved on load, so the saved
+configuration (`Config.to_yaml`) replays from anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import ValidationInfo as Info
+
+from u2a import strict_yaml
+from u2a.config_faults import describe, is_file, missing_file, set_override
+from u2a.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _damping(value: Any) -> float | str:
+    number = value
+    if isinstance(value, str) and value.startswith("rel:"):
+        try:
+            number = float(value[4:])
+        except ValueError:
+            number = None
+    if isinstance(number, bool | str) or not isinstance(number, int | float):
+        raise ValueError("a number >= 0 or 'rel:' and a number, as in 'rel:0.1'")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError("finite and >= 0, absolute or as 'rel:0.1'")
+    return value if isinstance(value, str) else float(number)
+
+
+def _targets(value: Any) -> str | list[str]:
+    names = value if isinstance(value, list) else []
+    if value != "all-linear" and not (names and all(isinstance(n, str) and n for n in names)):
+        raise ValueError("'all-linear' or a list of module names")
+    return value  # type: ignore[no-any-return]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class ModelConfig(Section):
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    trust_remote_code: bool = False
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _pinned(cls, value: bool, info: Info) -> bool:
+        if value and not info.data.get("revision"):
+            raise ValueError("false, or a pinned model.revision beside it")
+        return value
+
+
+class SourceConfig(Section):
+    """One data set: a .jsonl, .json, .csv or .parquet file, or the id of a `datasets` repository.
+
+    `columns` maps our column name to the file's. `prefer` and `pairs` matter for rows with two
+    judged responses. `fraction` keeps rows by content hash, then `limit` keeps the first so many.
+    """
+
+    path: str = Field(min_length=1)
+    split: str = "train"
+    revision: str | None = None
+    columns: dict[str, str] = {}
+    prefer: Literal["safer", "better"] = "safer"
+    pairs: Literal["one-safe", "all"] = "all"
+    limit: Count | None = None
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class DataConfig(Section):
+    """`holdout`: share of pa that becomes validation, and test, where no file is given for them."""
+
+    forget: SourceConfig
+    pa: SourceConfig
+    retain: SourceConfig
+    validation: SourceConfig | None = None
+    test: SourceConfig | None = None
+    holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+    max_tokens: Annotated[int, Field(ge=2)] = 1024
+    template: Literal["auto", "plain"] = "auto"
+    disjoint: Literal["error", "drop", "warn"] = "error"
+
+
+class LoraConfig(Section):
+    r: Count = 16
+    alpha: Positive = 32.0
+    targets: Annotated[str | list[str], PlainValidator(_targets)] = "all-linear"
+    train: Literal["b", "ab"] = "ab"
+
+
+class ObjectiveConfig(Section):
+    name: Literal["dpo"] = "dpo"
+    beta: Positive = 0.3
+
+
+class SolveConfig(Section):
+    method: Literal["cg", "neumann", "identity", "diagonal"] = "cg"
+    curvature: Literal["ggn", "hessian"] = "ggn"
+    damping: Annotated[float | str, PlainValidator(_damping)] = "rel:0.1"
+    tol: Positive = 1e-4
+    max_iter: Count = 50
+
+
+class SelectConfig(Section):
+    method: Literal["greedy", "topk", "uniform", "random", "low-likelihood"] = "greedy"
+    budget: Count = 1000
+    blocks: Count = 4
+    total_weight: Positive = 1.0
+    min_gain: float = 0.0
+    mirror_steps: Annotated[int, Field(ge=0)] = 0
+    eta: Positive = 1.0
+
+
+class UnlearnConfig(Section):
+    """`anchor` is the lambda of lambda/2 ||theta - theta_0||^2."""
+
+    loss: Literal["ga", "graddiff", "npo"] = "npo"
+    beta: Positive = 0.1
+    retain_weight: NonNegative = 1.0
+    anchor: NonNegative = 0.0
+    lr: Positive = 1e-5
+    steps: Count = 100
+    batch_tokens: Count = 8192
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+class GuardConfig(Section):
+    max_kl: Positive = 2.0
+    max_retain_ppl_ratio: Annotated[float, Field(gt=1)] = 1.3
+    on_trip: Literal["stop-keep-last-good", "fail"] = "stop-keep-last-good"
+
+
+class ValidateConfig(Section):
+    """Predicted against realised gain: `candidates` single-example unlearnings at each weight."""
+
+    candidates: Annotated[int, Field(ge=0)] = 0
+    weights: Annotated[list[Positive], Field(min_length=1)] = [0.01]
+
+
+class LogConfig(Section):
+    """`every`: seconds between plain progress lines when the output is not a terminal."""
+
+    every: Positive = 10.0
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+
+
+class RunConfig(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threads: Count | None = None
+    deterministic: bool = False
+    require_fused: bool = False
+
+
+class Config(Section):
+    """`schema_version` and `validation` are spelt `schema` and `validate` in the file."""
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig = LoraConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    solve: SolveConfig = SolveConfig()
+    select: SelectConfig = SelectConfig()
+    unlearn: UnlearnConfig = UnlearnConfig()
+    guard: GuardConfig = GuardConfig()
+    validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    log: LogConfig = LogConfig()
+    run: RunConfig = RunConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data with the file's key names, defaults filled in."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The complete resolved configuration; `load_config` reads it back to an equal Config."""
+        return strict_yaml.dump(self.to_dict())
+
+
+def make_config(
+    data: Any, *, source: str = "config", base: Path | None = None, faults: list[str] | None = None
+) -> Config:
+    """Validates nested plain data. `base` is the folder that relative file paths start from.
+
+    Raises ConfigError with every fault, `faults` (found earlier) among them.
+    """
+    faults = list(faults or [])
+    if not isinstance(data, dict):
+        raise ConfigError([*faults, f"(top): {data!r:.60}, wanted a mapping of sections"], source)
+    data = _resolve_paths(data, base or Path.cwd(), faults)
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(faults + describe(e, Config), source) from None
+    if faults:
+        raise ConfigError(faults, source)
+    return config
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Config:
+    """Reads a YAML file; `overrides` maps dotted keys to text ("unlearn.lr" -> "2e-5").
+
+    Raises ConfigError (exit 2) listing all faults as "path: value, wanted, nearest".
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"byte {e.start}: not UTF-8", str(path)) from None
+    except OSError as e:
+        raise ConfigError(missing_file(str(path), path, e.strerror or ""), str(path)) from None
+    data, faults = strict_yaml.parse(text)
+    if data is None:
+        faults = faults or ["(top): empty file, wanted a mapping of sections"]
+        raise ConfigError(faults, str(path))
+    for key, value in (overrides or {}).items() if isinstance(data, dict) else ():
+        set_override(data, key, value, Config, faults)
+    return make_config(data, source=str(path), base=path.absolute().parent, faults=faults)
+
+
+def _resolve_paths(data: dict[str, Any], base: Path, faults: list[str]) -> dict[str, Any]:
+    """A copy of `data` with file paths absolute; what names a file that is not there is a fault."""
+
+    def resolved(section: Any, key: str, where: str) -> Any:
+        if not (isinstance(section, dict) and isinstance(section.get(key), str)):
+            return section
+        name = section[key]
+        found = (base / Path(name).expanduser()).absolute()
+        if not is_file(name, found, folder_only=key == "name"):
+            return section
+        if not found.exists():
+            faults.append(missing_file(f"{where}.{key}: {name!r}", found))
+        return {**section, key: str(found)}
+
+    out = dict(data)
+    out["model"] = resolved(data.get("model"), "name", "model")
+    if isinstance(data.get("data"), dict):
+        out["data"] = {k: resolved(v, "path", f"data.{k}") for k, v in data["data"].items()}
+    return {k: v for k, v in out.items() if k in data}

@@ -1,0 +1,22 @@
+"""Fused torch ops for per-example gradients, tangents and unlearning losses. Imports torch and triton.
+
+Ops are defined in Python and answer everywhere; the compiled libraries only add kernels.
+"""
+
+import torch as _torch
+
+from u2a_kernels.ops.grad_dot import grad_dot
+
+__version__ = "0.1.0"
+__all__ = ["grad_dot"]
+
+try:
+    import u2a_kernels._C as _C
+except ModuleNotFoundError:
+    _C = None  # type: ignore[assignment]
+
+if _C is not None and _torch.version.cuda is not None and _C.cuda_archs:
+    from pathlib import Path as _Path
+
+    for _so in _Path(__file__).parent.glob("_C_cuda*.so"):
+        _torch.ops.load_library(_so)

@@ -1,0 +1,23 @@
+"""Ragged segments in plain torch, for references: offsets [B+1] over N packed rows, no host sync."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accum_dtype(x: Tensor) -> torch.dtype:
+    """Accumulation and result type: fp32, fp64 for fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def segment_ids(offsets: Tensor, n: int) -> Tensor:
+    """The example each of the N rows belongs to, int64 `[N]`; empty segments are skipped."""
+    rows = torch.arange(n, device=offsets.device)
+    return torch.searchsorted(offsets[1:].to(torch.int64).contiguous(), rows, right=True)
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of the rows of each segment: `[N, ...] -> [B, ...]`."""
+    out = values.new_zeros(offsets.shape[0] - 1, *values.shape[1:])
+    return out.index_add_(0, segment_ids(offsets, values.shape[0]), values)

@@ -1,0 +1,1 @@
+"""One file per op: formula, public function, reference, kernels, registration."""
