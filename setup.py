@@ -1,4 +1,4 @@
-"""Builds u2a_kernels._C (CPU kernels, three instruction sets, pybind11 shell) and u2a_kernels._C_cuda.
+"""Builds u2a_kernels._C (CPU kernels for three instruction sets, pybind11 shell) and _C_cuda.
 
 U2A_BUILD=auto|cpu|cuda|none (auto: CUDA too when nvcc is found); U2A_CUDA_ARCHS="80 90a 100a+PTX".
 Only libtorch's stable ABI is used, so the CUDA library also builds beside a CPU-only torch.

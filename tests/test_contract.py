@@ -1,4 +1,4 @@
-"""Every op answers the same questions: values, gradients, opcheck, compile, layouts, NaN rows, errors."""
+"""Every op answers the same questions: values, gradients, opcheck, compile, layouts, NaN rows."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def implementations(case: Case, dtype: torch.dtype):
 
 
 def gradients(case: Case, function, args, weights=None):
-    """Gradients of a fixed weighting of the differentiable outputs; zeros where there is no path."""
+    """Gradients of a fixed weighting of the differentiable outputs; zeros where no path leads."""
     leaves = {
         n: args[n].detach().clone().requires_grad_() for n in case.differentiable if n in args
     }

@@ -1,4 +1,5 @@
-"""Fused torch ops for per-example gradients, tangents and unlearning losses. Imports torch and triton.
+"""Fused torch ops for per-example gradients, tangents and unlearning losses.
+
 
 Ops are defined in Python and answer everywhere; the compiled libraries only add kernels.
 """

@@ -21,7 +21,7 @@ def wanted(op: str, name: str, want: str, got: object) -> ValueError:
 
 
 def check_floats(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are floating point, of one dtype and device, without forward-AD tangents."""
+    """All given tensors are floating point, of one dtype and device, no forward-AD tangents."""
     first: tuple[str, Tensor] | None = None
     for name, t in tensors.items():
         if t is None:
@@ -40,7 +40,8 @@ def check_floats(op: str, **tensors: Tensor | None) -> None:
             )
         elif t.device != first[1].device:
             raise ValueError(
-                f"{op}: {name} must be on the device of {first[0]}, {first[1].device}, got {t.device}"
+                f"{op}: {name} must be on the device of {first[0]}, {first[1].device}, "
+                f"got {t.device}"
             )
         refuse_forward_ad(op, name, t)
 
@@ -49,8 +50,8 @@ def refuse_forward_ad(op: str, name: str, t: Tensor) -> None:
     """A custom op under forward-mode AD would return a zero tangent without a word."""
     if forward_ad.unpack_dual(t).tangent is not None:
         raise RuntimeError(
-            f"{op}: {name} carries a forward-mode AD tangent, which a custom op would silently drop. "
-            "Use u2a.dual / the dual_* ops for tangents."
+            f"{op}: {name} carries a forward-mode AD tangent, which a custom op would silently "
+            "drop. Use u2a.dual / the dual_* ops for tangents."
         )
 
 

@@ -1,7 +1,7 @@
 """One call per op: schema, plain-torch reference, fake, CUDA launcher, gradient.
 
-The reference is registered for every device; the C++ library adds CPU kernels, a launcher owns CUDA.
-An op without a gradient formula refuses to be differentiated instead of losing the gradient silently.
+The reference is registered for every device; the C++ library adds CPU kernels, a launcher owns
+CUDA. An op without a gradient formula refuses to be differentiated instead of losing the gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ragged segments in plain torch, for references: offsets [B+1] over N packed rows, no host sync."""
+"""Ragged segments in plain torch, for references: offsets [B+1] over N packed rows, no sync."""
 
 from __future__ import annotations
 

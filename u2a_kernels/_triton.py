@@ -1,7 +1,7 @@
 """triton and tl, or inert stand-ins where the package is missing (macOS, Windows).
 
-Under TRITON_INTERPRET=1 (set before triton is imported) kernels run as Python on the CPU; there bf16
-arithmetic and bf16 `tl.dot` are silently wrong, so blocks are upcast to fp32 right after each load.
+Under TRITON_INTERPRET=1 (set before triton is imported) kernels run as Python on the CPU; there
+bf16 arithmetic and bf16 `tl.dot` are silently wrong, so blocks are upcast right after each load.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ except ImportError:
     HAS_TRITON = False
 
     class _Inert:
-        """Stands where triton is absent: decorators keep the function, everything else is itself."""
+        """Stands where triton is absent: decorators keep the function, all else is itself."""
 
         def __getattr__(self, name: str) -> Any:
             return self

@@ -1,7 +1,7 @@
 """Shared by tests and benchmarks: the error budget and input makers. Nothing else imports this.
 
-The budget needs no per-op numbers: with `exact` the float64 result and `baseline` plain torch at the
-op's own dtype, an op may be off by twice what torch is off, plus one rounding of the result.
+The budget needs no per-op numbers: with `exact` the float64 result and `baseline` plain torch at
+the op's own dtype, an op may be off by twice what torch is off, plus one rounding of the result.
 """
 
 from __future__ import annotations

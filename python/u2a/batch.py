@@ -1,7 +1,7 @@
-"""Rows, right-padded batches and answer log-probabilities: the three shapes the application passes around.
+"""Rows, right-padded batches and answer log-probabilities: what the application passes around.
 
-Masks come from lengths, never from pad ids. In a causal model a real token never sees the padding to
-its right, so a bucketed right-padded batch needs no attention mask and is exact.
+Masks come from lengths, never from pad ids. In a causal model a real token never sees the padding
+to its right, so a bucketed right-padded batch needs no attention mask and is exact.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def row_batches(rows: Sequence[Row], batch_tokens: int) -> list[Batch]:
 
 
 def pair_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
-    """P pairs become 2P rows: the P chosen, then their P rejected; `index` repeats the pair number."""
+    """P pairs become 2P rows: the P chosen, then their P rejected; `index` holds pair numbers."""
     groups = buckets([2 * len(p) for p in pairs], batch_tokens)
     return [
         collate([pairs[i].chosen for i in g] + [pairs[i].rejected for i in g], g + g)

@@ -1,4 +1,4 @@
-"""One case per op: inputs, an independent oracle, and what the contract test needs to know about it."""
+"""One case per op: inputs, an independent oracle, and what the contract test needs to know."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Inputs = dict[str, Any]
 @dataclass(frozen=True)
 class Case:
     """`inputs(variant, dtype)` makes keyword arguments of the public function; `oracle` is a plain
-    definition of the result, written apart from the op's own reference and differentiable by autograd.
+    definition of the result, apart from the op's own reference and differentiable by autograd.
 
     `launchers` maps an implementation name to a callable with the public signature (e.g. the Triton
-    launcher, run interpreted). `spoil(inputs)` puts NaN into one row and returns a function that picks,
-    from a tuple of outputs, what must not change. `errors`: label -> (changed arguments, exception,
-    message pattern).
+    launcher, run interpreted). `spoil(inputs)` puts NaN into one row and returns a function that
+    picks, from a tuple of outputs, what must not change. `errors`: label -> (changed arguments,
+    exception, message pattern).
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 The influence of every example along a fixed direction, in ghost form: sum_t g_t^T (V x_t). One GEMM
 tile of V x_t is dotted with g_t while it is still on chip, so neither G_b nor [N, d_out] exists.
-Saved for backward: the inputs. The backward is three GEMMs whose outputs are as large as the inputs.
+Saved for backward: the inputs. The backward is three GEMMs with outputs as large as the inputs.
 """
 
 from __future__ import annotations
