@@ -87,6 +87,21 @@ def check_offsets(op: str, offsets: Tensor, n: int, name: str = "offsets", rows:
             raise wanted(op, name, "non-decreasing", f"{values[i - 1]} then {values[i]} at {i}")
 
 
+def check_targets(op: str, targets: Tensor, n: int, vocab: int, name: str = "targets") -> None:
+    """`[N]` int64 in [0, V), or -100 for an ignored token. Values are checked on the CPU only."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(targets).__name__}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, got {targets.dtype}")
+    check_size(op, name, targets, "[N]", (n,))
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(targets):
+        return
+    wrong = (((targets < 0) & (targets != -100)) | (targets >= vocab)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise wanted(op, name, f"in [0, V = {vocab}) or -100", f"{int(targets[at])} at {at}")
+
+
 def _is_fake(t: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
