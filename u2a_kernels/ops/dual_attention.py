@@ -78,10 +78,7 @@ def dual_attention(
 
 
 def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    rows, keys = ("2N", "2N") if packed else ("2B", "2B")
-    wants = (
-        (f"[{rows}, H, D]", f"[{keys}, Hkv, D]") if packed else ("[2B, H, T, D]", "[2B, Hkv, S, D]")
-    )
+    wants = ("[2N, H, D]", "[2N, Hkv, D]") if packed else ("[2B, H, T, D]", "[2B, Hkv, S, D]")
     check_dim(op, "q", q, wants[0], 3 if packed else 4)
     check_halves(op, "q", q, wants[0])
     for name, t in dict(k=k, v=v).items():
@@ -98,7 +95,7 @@ def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Non
 
 
 class Cut(NamedTuple):
-    """Rows of a half and key heads whose scores are held at once; `rep` query heads per key head."""
+    """Rows of a half and key heads whose scores are held at once; `rep` queries per key head."""
 
     rows: slice
     heads: slice

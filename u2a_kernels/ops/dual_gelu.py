@@ -26,8 +26,8 @@ def dual_gelu(x: Tensor, approximate: str = "none") -> Tensor:
         approximate: "none" (erf) or "tanh", as in ``torch.nn.functional.gelu``.
 
     Returns:
-        [2B, ..., d] in the dtype of x; fp32 inside (fp64 for float64). Deterministic. Differentiable
-        once in x; the gradient of the tangent half is the second-order product.
+        [2B, ..., d] in the dtype of x; fp32 inside (fp64 for float64). Deterministic.
+        Differentiable once in x; the gradient of the tangent half is the second-order product.
 
     Raises:
         ValueError, TypeError: a shape, dtype or `approximate` that does not fit, by name.

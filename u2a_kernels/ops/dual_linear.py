@@ -1,13 +1,12 @@
 """y = x W^T + b on dual rows: [x W^T + b; x_t W^T + x W_t^T + b_t].
 
-Both halves share one GEMM, so W is read once. Backward, with g the cotangent of the tangent half and
-g_t of the primal half: dx_t = g W, dx = g_t W + g W_t, dW = g_t^T x + g^T x_t, db = sum g_t.
+Both halves share one GEMM, so W is read once. Backward, with g the cotangent of the tangent half
+and g_t of the primal half: dx_t = g W, dx = g_t W + g W_t, dW = g_t^T x + g^T x_t, db = sum g_t.
 Saved for backward: the weights, and x only when W needs a gradient (its primal half alone in ggn).
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -1,9 +1,9 @@
 """LM head and cross-entropy on dual rows, in row chunks; no [N, V] tensor is ever held.
 
-z = h W^T, z_t = h_t W^T + h W_t^T, p = softmax z, u = p (z_t - e), e = sum p z_t;
-loss = lse - z_y, loss_t = sum p (z_t - z_t,y), curvature = sum p (z_t - e)^2 = z_t^T (d2 loss/dz2) z_t.
-Frozen head: r1 = (p - 1y) W and r2 = u W + (p - 1y) W_t are formed in the forward, and for any later
-cotangents (a, b) of (loss, loss_t) dh = a r1 + b r2, dh_t = b r1. Trainable head: chunks recomputed.
+z = h W^T, z_t = h_t W^T + h W_t^T, p = softmax z, e = sum p z_t, u = p (z_t - e);
+loss = lse - z_y, loss_t = sum p (z_t - z_t,y), curvature = sum p (z_t - e)^2 = z_t . u.
+Frozen head: the forward forms r1 = (p - 1y) W and r2 = u W + (p - 1y) W_t; for any cotangents (a, b)
+of (loss, loss_t), dh = a r1 + b r2 and dh_t = b r1. Trainable head: the backward redoes the chunks.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def dual_linear_cross_entropy(
 
 
 class Chunk(NamedTuple):
-    """Kept tokens `rows`: targets, lse - z_y, z_t - z_t,y summed under p, p and z_t - e."""
+    """Tokens `rows` that are not ignored; `centred` is z_t - e."""
 
     rows: Tensor
     h: Tensor

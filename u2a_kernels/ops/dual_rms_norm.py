@@ -28,8 +28,8 @@ def dual_rms_norm(
         eps: added to the mean square.
 
     Returns:
-        [2B, ..., d] in the dtype of x; fp32 inside (fp64 for float64). Deterministic. Differentiable
-        once in x and weight; the gradient of the tangent half is the second-order product.
+        [2B, ..., d] in the dtype of x; fp32 inside (fp64 for float64). Deterministic.
+        Differentiable once in x and weight; the gradient of the tangent half is the second-order product.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit, or a weight_t that
