@@ -1,4 +1,4 @@
-"""The whole configuration: one frozen, strict tree of models, read from YAML with every fault at once.
+"""The whole configuration: one frozen, strict tree of models, read with every fault at once.
 
 Relative file paths are relative to the folder of the YAML file and resolved on load, so the saved
 configuration (`Config.to_yaml`) replays from anywhere.

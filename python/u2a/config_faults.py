@@ -1,4 +1,4 @@
-"""Turns what is wrong with a configuration into one line each: path, value, wanted, nearest name."""
+"""What is wrong with a configuration, one line each: path, value, wanted, nearest name."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def _line(error: Any, root: type[BaseModel]) -> str:
     value = reprlib.repr(error.get("input"))
     if kind == "extra_forbidden":
         names = _keys(_descend(root, loc[:-1]))
-        near = _nearest(str(loc[-1]), names) or f", wanted one of {', '.join(names)}"
-        return f"{where}: unknown key{near}"
+        near = _nearest(str(loc[-1]), names)
+        return f"{where}: unknown key, wanted one of {', '.join(names)}{near}"
     if kind == "missing":
         return f"{where}: missing, wanted {_kind_of(_descend(root, loc))}"
     if kind == "literal_error":

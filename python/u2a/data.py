@@ -176,9 +176,7 @@ def _encode(
         meta = {**example.meta, "prompt_uid": prompt_uid(example.prompt)}
         if how:
             meta["truncated"] = how
-        rows = [
-            Row(uids[k], ids, a, example.source, meta) for k, a in zip(group, cut, strict=True)
-        ]
+        rows = [Row(uids[k], ids, a, example.source, meta) for k, a in zip(group, cut, strict=True)]
         yield rows[0] if len(rows) == 1 else Pair(uid, *rows)
 
 

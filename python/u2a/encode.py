@@ -17,12 +17,13 @@ _HIDDEN = re.compile("\ue000(\\d+)\ue001")
 
 
 class Encoder:
-    """`encode` and `fit` rows with one tokenizer; raises DataError if the tokenizer cannot serve."""
+    """`encode` and `fit` rows with one tokenizer; raises DataError if it cannot serve."""
 
     def __init__(self, tokenizer: Any, max_tokens: int, template: str = "auto") -> None:
         if tokenizer.eos_token_id is None:
             raise DataError("tokenizer: no eos token, wanted one to end each answer with")
         self.tokenizer, self.max_tokens, self.template = tokenizer, max_tokens, template
+        self._enough = 32 * (max_tokens + 64)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(t) for t in tokenizer.all_special_tokens}
         special |= {t.content for t in added if t.special}
@@ -35,7 +36,7 @@ class Encoder:
         self._refuse_double_bos(probe, "tokenizer")
 
     def encode(self, prompt: Text, responses: tuple[Text, ...]) -> tuple[Ids, list[Ids]]:
-        """Prompt ids and the ids of each answer. Raises ValueError for what this row is at fault."""
+        """Prompt ids and the ids of each answer. Raises ValueError for a fault of this row."""
         if isinstance(prompt, list) and self.template == "auto":
             return self._chat(prompt, [r[0] for r in responses])  # type: ignore[misc]
         if isinstance(prompt, list):
@@ -44,7 +45,7 @@ class Encoder:
         else:
             texts = [str(r) for r in responses]
         eos = (self.tokenizer.eos_token_id,)
-        return self._bos + self._plain(prompt), [self._plain(t) + eos for t in texts]
+        return self._bos + self._end(prompt), [self._start(t) + eos for t in texts]
 
     def fit(self, prompt: Ids, answers: list[Ids]) -> tuple[Ids, list[Ids], str]:
         """Cuts to `max_tokens`: first the prompt from the left (never its bos), then the answers.
@@ -75,6 +76,18 @@ class Encoder:
             found = [s for s in self._special if s in text]
             raise ValueError(f"text holds {found}, which this tokenizer cannot encode as text")
         return ids
+
+    def _end(self, text: str) -> Ids:
+        """Ids of `text`, or of enough of its end when `fit` is sure to cut the rest away."""
+        ids = self._plain(text[-self._enough :])
+        return ids if len(text) <= self._enough or self._overfull(ids) else self._plain(text)
+
+    def _start(self, text: str) -> Ids:
+        ids = self._plain(text[: self._enough])
+        return ids if len(text) <= self._enough or self._overfull(ids) else self._plain(text)
+
+    def _overfull(self, ids: Ids) -> bool:
+        return len(ids) > self.max_tokens + 64
 
     def _rendered(self, text: str) -> Ids:
         """Template output: control tokens are read, the hidden ones of the user's text are not."""

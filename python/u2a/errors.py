@@ -1,6 +1,6 @@
 """Every failure a user can cause or meet, with the exit code the command line gives it.
 
-Messages name the file or the key, what was wanted and what came; they are printed without traceback.
+Messages name the file or the key, what was wanted and what came; they print without traceback.
 """
 
 from __future__ import annotations

@@ -200,13 +200,15 @@ def _detect(path: str, columns: set[str]) -> Schema:
 def read_examples(spec: SourceConfig) -> tuple[str, list[Example]]:
     """(schema name, examples) of a whole file. Raises DataError with up to ten row errors."""
     faults = RowFaults(spec.path)
-    back = {theirs: ours for ours, theirs in spec.columns.items()}
+    theirs = set(spec.columns.values())
     rows = []
     for source, row in read_rows(spec, faults):
-        absent = [theirs for theirs in back if theirs not in row]
+        absent = sorted(theirs - row.keys())
         if absent:
             faults.add(source, f"column {absent[0]!r} of `columns:` missing, has {sorted(row)}")
-        rows.append((source, {back.get(k, k): v for k, v in row.items()}))
+            continue
+        other = {k: v for k, v in row.items() if k not in theirs}
+        rows.append((source, other | {ours: row[name] for ours, name in spec.columns.items()}))
     if not rows:
         faults.check()
         raise DataError(f"0 rows in {spec.path}")

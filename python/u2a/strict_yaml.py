@@ -1,4 +1,4 @@
-"""YAML as YAML 1.2 reads it, strictly: what PyYAML's SafeLoader would let through silently is a fault.
+"""YAML 1.2, strictly: what PyYAML's SafeLoader would let through silently is a fault.
 
 Refused with the line: duplicate keys, tags other than the JSON types, more than 20 aliases, several
 documents. `no`, `off`, `12:30:00` and dates stay strings; `1e-5` is a float; `010` is ten.
@@ -35,13 +35,13 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-        self.aliases += self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
+        mark = self.peek_event().start_mark
+        self.aliases += self.check_event(yaml.AliasEvent)
         self.depth += 1
         if self.aliases > MAX_ALIASES or self.depth > MAX_DEPTH:
             what = f"{MAX_ALIASES} aliases" if self.aliases > MAX_ALIASES else f"{MAX_DEPTH} levels"
             raise yaml.composer.ComposerError(None, None, f"more than {what}", mark)
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
@@ -68,7 +68,7 @@ _Loader.add_constructor(_TAG + "int", _int)
 
 
 def parse(text: str) -> tuple[Any, list[str]]:
-    """`text` -> (data, faults). Each fault begins "line L: "; data is None when it cannot be read."""
+    """`text` -> (data, faults). A fault begins "line L: "; data is None if unreadable."""
     if len(text) > MAX_BYTES:
         return None, [f"line 1: {len(text)} characters, wanted at most {MAX_BYTES}"]
     loader = _Loader(text)
@@ -86,7 +86,7 @@ def parse(text: str) -> tuple[Any, list[str]]:
     except (yaml.YAMLError, ValueError) as e:
         return None, [f"line 1: {e}"]
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _check(node: yaml.Node | None, path: str, faults: list[str], seen: set[int]) -> None:
@@ -108,7 +108,7 @@ def _check(node: yaml.Node | None, path: str, faults: list[str], seen: set[int])
             if not isinstance(key, yaml.ScalarNode):
                 faults.append(f"line {at}: {here}: key is a tag of its own, wanted a plain word")
             elif name in first:
-                faults.append(f"line {at}: {here}: duplicate key, first given on line {first[name]}")
+                faults.append(f"line {at}: {here}: duplicate key, first on line {first[name]}")
             first.setdefault(name, at)
             _check(value, here, faults, seen)
 

@@ -1,0 +1,102 @@
+"""The `u2a` command. Nothing heavy is imported before a command runs, so --help is immediate.
+
+Expected failures print their message on stderr and exit with their own code, without a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from u2a.errors import ConfigError, U2AError
+
+if TYPE_CHECKING:
+    from u2a.config import Config
+
+app = typer.Typer(
+    name="u2a",
+    help="Unlearn what hurts preference alignment: find the examples, weight them, remove them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
+Out = Annotated[Path | None, typer.Option(help="Run directory [default: runs/NAME].")]
+Sets = Annotated[list[str], typer.Option("--set", metavar="A.B=C", help="Override one key.")]
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except U2AError as e:
+        print(f"u2a: {e}", file=sys.stderr)
+        raise typer.Exit(e.exit_code) from None
+    except KeyboardInterrupt:
+        print("u2a: interrupted; the same command continues", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _load(config: Path, sets: list[str]) -> Config:
+    pairs = [s.partition("=") for s in sets]
+    bad = [f"--set {key}: wanted A.B=C, as in unlearn.lr=1e-5" for key, eq, _ in pairs if not eq]
+    if bad:
+        raise ConfigError(bad, "command line")
+    from u2a.config import load_config
+
+    return load_config(config, {key: value for key, _, value in pairs})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Everything follows from it.")] = 0,
+) -> None:
+    """Train a tiny model on planted data, unlearn, compare with baselines, write a report."""
+    with _failures():
+        from u2a.demo import app as demo_app
+
+        demo_app.demo(out, seed)
+
+
+@app.command()
+def run(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa: B006
+    """All stages. The same command again continues, or says that the run is complete."""
+    with _failures():
+        cfg = _load(config, set_)
+        from u2a import run as stages
+
+        stages.run(cfg, out or Path("runs") / config.stem)
+
+
+@app.command()
+def scan(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa: B006
+    """Only the scores: how much unlearning each candidate would help."""
+    with _failures():
+        cfg = _load(config, set_)
+        from u2a import run as stages
+
+        stages.scan_only(cfg, out or Path("runs") / config.stem)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """Versions, machine and who serves each op: paste it into a bug report."""
+    with _failures():
+        from u2a import env as facts
+
+        found = facts.report()
+        print(json.dumps(found, indent=1) if as_json else facts.table(found))
+
+
+def main() -> None:
+    app(prog_name="u2a")
