@@ -355,13 +355,15 @@ def uids(prepared: Prepared, name: str) -> list[str]:
 
 def test_prepare_splits_pa_by_content_whatever_the_order(jsonl):
     double = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
-    double += [{"prompt": f"q{i}", "chosen": "yes", "rejected": "nay"} for i in range(20)]
+    double += [{"prompt": f"q{i}", "chosen": "yes", "rejected": "nay"} for i in range(9)]
     one = prepare(config(**sets(jsonl, pa=double)), TOK)
     two = prepare(config(**sets(jsonl, pa=double[::-1])), TOK)
-    assert [len(getattr(one, n)) for n in ("pa", "validation", "test")] == [24, 8, 8]
+    prompts = [{p.chosen.prompt_ids for p in part} for part in (one.pa, one.validation, one.test)]
+    assert [len(p) for p in prompts] == [12, 4, 4] and len(set.union(*prompts)) == 20
     for name in ("pa", "validation", "test"):
         assert set(uids(one, name)) == set(uids(two, name))
-    assert one.stats["pa"]["rows"] == 24 and one.stats["test"]["schema"] == "preference"
+    assert sum(one.stats[n]["rows"] for n in ("pa", "validation", "test")) == 29
+    assert one.stats["test"]["schema"] == "preference"
     assert one.stats["forget"]["answer_tokens"] == 4 * 4
     assert one.stats["pa"]["digest"] != two.stats["pa"]["digest"]
 

@@ -132,6 +132,11 @@ def test_second_process_is_refused_and_a_dead_one_replaced(tmp_path):
         with pytest.raises(LockError, match=rf"pid {child.pid} on ") as caught, RunDir(tmp_path):
             pass
         assert caught.value.exit_code == 8
+        text = (tmp_path / "LOCK").read_text()
+        (tmp_path / "LOCK").write_text("")
+        with pytest.raises(LockError), RunDir(tmp_path):
+            pass
+        (tmp_path / "LOCK").write_text(text)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -195,3 +200,48 @@ def test_manifest_has_versions_and_no_secret(run, monkeypatch):
     assert (found["seed"], found["data"]["pa"]["digest"], found["stage"]) == (3, "00", "scan")
     assert found["versions"]["torch"] == env.versions()["versions"]["torch"] is not None
     assert "hf_very_secret_value" not in text and "TOKEN" not in text
+
+
+DIE = """
+import os, sys
+from u2a.rundir import RunDir
+left = int(sys.argv[2])
+def counted(call):
+    def wrapped(*args):
+        global left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return call(*args)
+    return wrapped
+with RunDir(sys.argv[1]) as run:
+    for name in ("replace", "rename", "fsync"):
+        setattr(os, name, counted(getattr(os, name)))
+    with run.atomic_dir("adapter") as folder:
+        (folder / "w").write_text("new")
+    run.write_atomic("metrics.json", "new")
+    run.mark_done("stage", ["adapter", "metrics.json"], {"v": 2})
+"""
+
+
+def test_death_at_any_step_leaves_old_or_new_never_a_part(tmp_path):
+    """The child dies before its n-th sync or rename, for every n until it gets through."""
+    for n in range(40):
+        path = tmp_path / str(n)
+        with RunDir(path) as run:
+            with run.atomic_dir("adapter") as folder:
+                (folder / "w").write_text("old")
+            run.write_atomic("metrics.json", "old")
+        code = subprocess.run([sys.executable, "-c", DIE, str(path), str(n)]).returncode
+        with RunDir(path) as run:
+            state = (run.file("adapter/w").read_text(), run.file("metrics.json").read_text())
+            assert state in {("old", "old"), ("new", "old"), ("new", "new")}
+            finished = run.is_done("stage", {"v": 2})
+            assert not finished or state == ("new", "new")
+            assert finished or code == 9
+            left = {p.name for p in path.iterdir()} - {"LOCK", "stage.done"}
+            assert left == {"adapter", "metrics.json"}
+        if code == 0:
+            assert n == 5 + 3 + 3, f"{n} syncs and renames"
+            return
+    raise AssertionError("never got through")
