@@ -5,6 +5,7 @@ Ops are defined in Python and answer everywhere; the compiled libraries only add
 
 import torch as _torch
 
+from u2a_kernels._library import cuda_library_path as _cuda_library_path
 from u2a_kernels.ops.dual_attention import dual_attention
 from u2a_kernels.ops.dual_gelu import dual_gelu
 from u2a_kernels.ops.dual_layer_norm import dual_layer_norm
@@ -13,6 +14,12 @@ from u2a_kernels.ops.dual_linear_cross_entropy import dual_linear_cross_entropy
 from u2a_kernels.ops.dual_rms_norm import dual_rms_norm
 from u2a_kernels.ops.dual_swiglu import dual_swiglu
 from u2a_kernels.ops.grad_dot import grad_dot
+from u2a_kernels.ops.grad_gram import grad_gram
+from u2a_kernels.ops.grad_project import grad_project
+from u2a_kernels.ops.grad_sketch import grad_sketch
+from u2a_kernels.ops.grad_sq_norm import grad_sq_norm
+from u2a_kernels.ops.linear_cross_entropy import linear_cross_entropy
+from u2a_kernels.ops.linear_logp import linear_logp
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +31,12 @@ __all__ = [
     "dual_rms_norm",
     "dual_swiglu",
     "grad_dot",
+    "grad_gram",
+    "grad_project",
+    "grad_sketch",
+    "grad_sq_norm",
+    "linear_cross_entropy",
+    "linear_logp",
 ]
 
 try:
@@ -31,8 +44,5 @@ try:
 except ModuleNotFoundError:
     _C = None  # type: ignore[assignment]
 
-if _C is not None and _torch.version.cuda is not None and _C.cuda_archs:
-    from pathlib import Path as _Path
-
-    for _so in _Path(__file__).parent.glob("_C_cuda*.so"):
-        _torch.ops.load_library(_so)
+if (_cuda_library := _cuda_library_path()) is not None:
+    _torch.ops.load_library(_cuda_library)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ import torch
 NAMESPACE = "u2a"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 OWNERS: dict[str, str] = {}
+
+
+def cuda_library_path() -> Path | None:
+    """The compiled CUDA library that is loaded at import: it was built, and torch has CUDA."""
+    if torch.version.cuda is None:
+        return None
+    return next(Path(__file__).parent.glob("_C_cuda*.so"), None)
 
 
 def require_fused() -> bool:
@@ -52,21 +60,24 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
+    cuda_library: bool = False,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Any:
     """Register `u2a::<schema>` and return its overload, the handle a public function calls.
 
-    `cuda` owns the CUDA key (one owner per key); without it the reference answers there, unless the
-    CUDA library registers a kernel.
+    One owner per key: on CUDA that is `cuda`, without it the reference. With `cuda_library` the
+    compiled library holds a kernel of this op, which owns the key wherever the library is loaded.
     """
     name = schema.split("(", 1)[0]
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, _guarded(name, reference), "CompositeExplicitAutograd")
-    if cuda is not None:
+    if cuda_library and cuda_library_path() is not None:
+        OWNERS[name] = "CUDA"
+    elif cuda is not None:
         LIBRARY.impl(name, cuda, "CUDA")
-    OWNERS[name] = "Triton" if cuda is not None else "reference"
+        OWNERS[name] = "Triton"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(
         qualified, backward or _refusal(name), setup_context=setup_context, lib=LIBRARY
@@ -81,4 +92,4 @@ def owner(name: str, device: str) -> str:
         return "reference"
     if device == "CPU":
         return "C++"
-    return "Triton" if OWNERS[name] == "Triton" else "CUDA"
+    return OWNERS[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def accum_dtype(x: Tensor) -> torch.dtype:
 
 
 def segment_ids(offsets: Tensor, n: int) -> Tensor:
-    """The example each of the N rows belongs to, int64 `[N]`; empty segments are skipped."""
+    """The example each of the N rows belongs to, int64 `[N]`, without a host synchronisation."""
     rows = torch.arange(n, device=offsets.device)
     return torch.searchsorted(offsets[1:].to(torch.int64).contiguous(), rows, right=True)
 
@@ -21,3 +23,16 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum of the rows of each segment: `[N, ...] -> [B, ...]`."""
     out = values.new_zeros(offsets.shape[0] - 1, *values.shape[1:])
     return out.index_add_(0, segment_ids(offsets, values.shape[0]), values)
+
+
+def segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Number and token range of each non-empty example; on CUDA one host synchronisation."""
+    bounds = offsets.tolist()
+    for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if end > start:
+            yield b, slice(start, end)
+
+
+def ghost_is_cheaper(tokens: int, d_in: int, d_out: int) -> bool:
+    """Products of tokens cost fewer operations than forming the example's gradient."""
+    return tokens * (d_in + d_out) < d_in * d_out

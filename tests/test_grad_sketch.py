@@ -1,0 +1,156 @@
+"""Special about grad_sketch: fixed hashes, their variance, `out`, equal instruction sets."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import u2a_kernels
+from cases.grad_sketch import philox, sign_matrix, words
+from u2a_kernels.ops import grad_sketch as op
+from u2a_kernels.testing import offsets_of, randn
+
+IMPLEMENTATIONS = {
+    "op": torch.ops.u2a.grad_sketch.default,
+    "reference": op.reference,
+    "triton": op.forward_triton,
+}
+
+
+def test_philox_of_the_oracle_gives_the_published_vectors():
+    """Known answers of the Random123 distribution for philox4x32, 10 rounds."""
+    ones = [0xFFFFFFFF] * 4
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    assert philox([0] * 4, [0, 0]) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(ones, ones[:2]) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert philox(pi, [0xA4093822, 0x299F31D0]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+FIXED = {
+    (0, 0): [0x7E558224, 0xCB574F9D, 0x84A459D3, 0x8AE7A534],
+    (0, 1): [0xAEFA7954, 0x31080E1F, 0x2CC733B0, 0x89FE7094],
+    (0x0123456789ABCDEF, 0): [0xEA9DB3F3, 0x91B2A1A1, 0x7777E151, 0x8DD3102A],
+    (0x0123456789ABCDEF, 1): [0x52C23125, 0x2EFF95B5, 0x05016077, 0x4DB0B1CB],
+}
+
+
+@pytest.mark.parametrize("seed, stream", FIXED)
+def test_hashes_are_fixed(seed, stream):
+    assert op.sketch_hash(seed, stream, 4).tolist() == FIXED[seed, stream]
+    assert words(seed, stream, 4) == FIXED[seed, stream]
+    assert op.sketch_hash(seed, stream, 300).tolist() == words(seed, stream, 300)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("seed", [0, 1, 0xFFFFFFFF, 0x0123456789ABCDEF])
+def test_unit_vectors_show_every_hash_and_sign(name, seed):
+    """e_o e_i^T has the features s(o) s(i) (-1)^popcount(j & (h(o) ^ h(i))) / sqrt(k), exactly."""
+    k, d = 64, 24
+    x = torch.cat([torch.eye(d), torch.eye(d)[:1].expand(d, d)])
+    g = torch.cat([torch.eye(d)[:1].expand(d, d), torch.eye(d)])
+    offsets = torch.arange(2 * d + 1)
+    p_out, p_in = sign_matrix(seed, 0, d, k), sign_matrix(seed, 1, d, k)
+    want = torch.cat([p_out[:, :1] * p_in, p_out * p_in[:, :1]], 1).T / k**0.5
+    assert torch.equal(IMPLEMENTATIONS[name](x, g, offsets, k, seed), want.float())
+
+
+def variance(u, v, k):
+    """Of <sketch(u), sketch(v)> over independent uniform hashes and signs, exactly.
+
+    Products of signs survive where the four row indices pair up, and the four column indices too:
+    rows of the two factors equal (weight 1), or both row pairs the same or crossed, which needs
+    equal buckets (weight 1/k).
+    """
+    rows, columns = 1 - torch.eye(u.shape[0]).double(), 1 - torch.eye(u.shape[1]).double()
+    a, b = u.T @ v, u @ v.T
+    total = ((a**2 + a * a.T) * columns).sum() + ((b**2 + b * b.T) * rows).sum()
+    for cross in ("oi,pj,oi,pj", "oi,pj,oj,pi", "oi,pj,pi,oj", "oi,pj,pj,oi"):
+        total += torch.einsum(f"{cross},op,ij->", u, v, u, v, rows, columns)
+    return total / k
+
+
+def test_inner_products_are_unbiased_with_the_predicted_variance():
+    k, seeds = 16, 4000
+    x, g = randn(5, 6, seed=1, dtype=torch.float64), randn(5, 4, seed=2, dtype=torch.float64)
+    offsets = offsets_of([3, 2])
+    u, v = g[:3].T @ x[:3], g[3:].T @ x[3:]
+    features = torch.stack([u2a_kernels.grad_sketch(x, g, offsets, k, s) for s in range(seeds)])
+    for other, exact in ((1, v), (0, u)):
+        draws = (features[:, 0] * features[:, other]).sum(1)
+        predicted = variance(u, exact, k)
+        sigma = (predicted / seeds).sqrt()
+        assert (draws.mean() - (u * exact).sum()).abs() < 4 * sigma
+        squares = (draws - (u * exact).sum()) ** 2
+        assert (squares.mean() - predicted).abs() < 4 * squares.std() / seeds**0.5
+
+
+def test_modules_with_their_own_seeds_add_in_place():
+    x, g, offsets = randn(6, 8, seed=1), randn(6, 5, seed=2), offsets_of([4, 2])
+    total = torch.zeros(2, 32)
+    for seed in (3, 4):
+        assert u2a_kernels.grad_sketch(x, g, offsets, 32, seed, out=total) is total
+    want = u2a_kernels.grad_sketch(x, g, offsets, 32, 3) + u2a_kernels.grad_sketch(
+        x, g, offsets, 32, 4
+    )
+    assert torch.equal(total, want)
+
+
+def test_gradient_flows_through_out():
+    x, g, offsets = randn(6, 8, seed=1).requires_grad_(), randn(6, 5, seed=2), offsets_of([4, 2])
+    direct = torch.autograd.grad(u2a_kernels.grad_sketch(x, g, offsets, 8, 3).square().sum(), x)[0]
+    summed = u2a_kernels.grad_sketch(x, g, offsets, 8, 3, out=torch.zeros(2, 8))
+    assert torch.equal(torch.autograd.grad(summed.square().sum(), x)[0], direct)
+
+
+@pytest.mark.parametrize("k", [4096, 65536])
+def test_large_k(k):
+    """Strides of every size in the transform, against the sign matrix in torch integers."""
+    x, g, offsets = randn(3, 70, seed=1), randn(3, 50, seed=2), offsets_of([2, 1])
+    features = torch.arange(k)[:, None]
+
+    def factor(stream, rows):
+        word = op.sketch_hash(9, stream, rows.shape[1])
+        bits = features & word & (k - 1)
+        for shift in (8, 4, 2, 1):
+            bits = bits ^ (bits >> shift)
+        return (1 - 2 * ((bits ^ (word >> 31)) & 1)).double() @ rows.double().T
+
+    tokens = (factor(0, g) * factor(1, x)).T / k**0.5
+    want = torch.stack([tokens[:2].sum(0), tokens[2]])
+    for name in ("op", "reference"):
+        got = IMPLEMENTATIONS[name](x, g, offsets, k, 9).double()
+        assert (got - want).abs().max() < 1e-6 * want.abs().max(), name
+
+
+ISA_PROGRAM = """
+import hashlib, torch, u2a_kernels
+from u2a_kernels.testing import offsets_of, randn
+assert u2a_kernels._C.cpu_capability() == {isa!r}, "not available on this machine"
+x, g, offsets = randn(40, 97, seed=1), randn(40, 61, seed=2), offsets_of([13, 0, 27])
+v = randn(2, 61, 97, seed=3)
+parts = []
+for t in (torch.float32, torch.float64, torch.bfloat16):
+    xt, gt = x.to(t), g.to(t)
+    parts += [u2a_kernels.grad_sketch(xt, gt, offsets, k, 5) for k in (2, 64, 256, 2048)]
+    parts.append(u2a_kernels.grad_dot(xt, gt, offsets, v.to(t)))
+print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest())
+"""
+
+
+@pytest.mark.skipif(u2a_kernels._C is None, reason="built without the C++ library")
+def test_instruction_sets_agree_to_the_bit():
+    order = ["base", "avx2", "avx512"]
+    best = order.index(u2a_kernels._C.cpu_capability())
+    digests = {}
+    for isa in order[: best + 1]:
+        run = subprocess.run(
+            [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
+            env={**os.environ, "U2A_CPU_CAPABILITY": isa},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        digests[isa] = run.stdout
+    assert len(set(digests.values())) == 1, digests
