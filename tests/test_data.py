@@ -345,6 +345,7 @@ def sets(jsonl, **changes: list[dict[str, Any]]) -> dict[str, Any]:
         "forget": [{"prompt": f"f{i}", "completion": "bad", "label": False} for i in range(4)],
         "pa": [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(20)],
         "retain": [{"prompt": f"r{i}", "completion": "fine"} for i in range(3)],
+        "retain_test": [{"prompt": "h", "completion": "fine"}],
     } | changes
     return {k: {"path": str(jsonl(v, f"{k}.jsonl"))} for k, v in rows.items()}
 
@@ -408,6 +409,16 @@ def test_duplicates_inside_a_set_are_counted_and_kept(jsonl):
     rows = [{"prompt": "r", "completion": "fine"}] * 3
     prepared = prepare(config(**sets(jsonl, retain=rows)), TOK)
     assert (prepared.stats["retain"]["rows"], prepared.stats["retain"]["duplicates"]) == (3, 2)
+
+
+def test_retain_test_is_cut_from_retain_by_content(jsonl):
+    rows = [{"prompt": f"r{i}", "completion": "fine"} for i in range(10)] * 2
+    files = {k: v for k, v in sets(jsonl, retain=rows).items() if k != "retain_test"}
+    prepared = prepare(config(**files), TOK)
+    assert (len(prepared.retain), len(prepared.retain_test)) == (16, 4)
+    assert not set(uids(prepared, "retain")) & set(uids(prepared, "retain_test"))
+    with pytest.raises(DataError, match="1 different row, wanted at least 2"):
+        prepare(config(**files | {"retain": {"path": str(jsonl(rows[:1], "one.jsonl"))}}), TOK)
 
 
 def test_bos_is_kept_when_the_prompt_is_cut(jsonl):

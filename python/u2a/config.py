@@ -81,11 +81,13 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """`holdout`: share of pa that becomes validation, and test, where no file is given for them."""
+    """`holdout`: share of pa that becomes validation, and test, and of retain that becomes
+    retain_test (utility is measured there), where no file is given for them."""
 
     forget: SourceConfig
     pa: SourceConfig
     retain: SourceConfig
+    retain_test: SourceConfig | None = None
     validation: SourceConfig | None = None
     test: SourceConfig | None = None
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
@@ -125,7 +127,12 @@ class SelectConfig(Section):
 
 
 class UnlearnConfig(Section):
-    """`anchor` is the lambda of lambda/2 ||theta - theta_0||^2."""
+    """`anchor` is the lambda of lambda/2 ||theta - theta_0||^2.
+
+    `solver`: how the inner problem is solved between rounds, exactly by L-BFGS (small models; `tol`
+    on the largest gradient entry, `max_iter`) or by `steps` steps of the trainer. The final
+    unlearning is always the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
+    """
 
     loss: Literal["ga", "graddiff", "npo"] = "npo"
     beta: Positive = 0.1
@@ -134,7 +141,12 @@ class UnlearnConfig(Section):
     lr: Positive = 1e-5
     steps: Count = 100
     batch_tokens: Count = 8192
+    batch_rows: Count = 16
+    retain_rows: Count = 16
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    solver: Literal["lbfgs", "trainer"] = "trainer"
+    tol: Positive = 1e-5
+    max_iter: Count = 100
 
 
 class GuardConfig(Section):
@@ -148,6 +160,17 @@ class ValidateConfig(Section):
 
     candidates: Annotated[int, Field(ge=0)] = 0
     weights: Annotated[list[Positive], Field(min_length=1)] = [0.01]
+
+
+class EvalConfig(Section):
+    """Baselines spend the same total weight; `bootstrap` draws make the intervals."""
+
+    baselines: list[Literal["uniform", "random", "low-likelihood", "topk"]] = [
+        "uniform",
+        "random",
+        "low-likelihood",
+    ]
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
 
 
 class LogConfig(Section):
@@ -177,6 +200,7 @@ class Config(Section):
     unlearn: UnlearnConfig = UnlearnConfig()
     guard: GuardConfig = GuardConfig()
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
 

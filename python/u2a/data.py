@@ -41,6 +41,7 @@ class Prepared:
     pa: list[Pair]
     validation: list[Pair]
     retain: list[Row]
+    retain_test: list[Row]
     test: list[Pair]
     dropped: list[Dropped] = field(default_factory=list)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -85,17 +86,20 @@ def prepare(cfg: Config, tokenizer: Any) -> Prepared:
     dropped: list[Dropped] = []
     sets: dict[str, list[Any]] = {}
     schemas: dict[str, str] = {}
-    for name in ("forget", "pa", "retain", "validation", "test"):
+    for name in ("forget", "pa", "retain", "retain_test", "validation", "test"):
         spec = getattr(cfg.data, name)
         if spec is not None:
-            schemas[name], sets[name] = _load(spec, tokenizer, cfg, name, dropped)
+            role = "retain" if name == "retain_test" else name
+            schemas[name], sets[name] = _load(spec, tokenizer, cfg, role, dropped)
     _hold_out(sets, cfg)
+    _hold_out_retain(sets, cfg)
     sets = _disjoint(sets, cfg.data.disjoint, dropped)
     stats = {}
     for name in sorted(sets):
-        spec = getattr(cfg.data, name) or cfg.data.pa
+        origin = "retain" if name == "retain_test" else "pa"
+        spec = getattr(cfg.data, name) or getattr(cfg.data, origin)
         lost = sum(d.set == name for d in dropped)
-        stats[name] = {"path": spec.path, "schema": schemas.get(name, schemas["pa"])}
+        stats[name] = {"path": spec.path, "schema": schemas.get(name, schemas[origin])}
         stats[name] |= _count(sets[name]) | {"dropped": lost}
     return Prepared(**sets, dropped=dropped, stats=stats)
 
@@ -211,6 +215,22 @@ def _hold_out(sets: dict[str, list[Any]], cfg: Config) -> None:
     sets["pa"] = [p for p in pairs if p.chosen.meta["prompt_uid"] in rest]
 
 
+def _hold_out_retain(sets: dict[str, list[Any]], cfg: Config) -> None:
+    """Cuts retain_test out of retain by content hash where no file is given for it."""
+    if "retain_test" in sets:
+        return
+    rows: list[Row] = sets["retain"]
+    order = sorted({r.uid for r in rows}, key=lambda uid: digest(str(cfg.run.seed), "retain", uid))
+    if len(order) < 2:
+        raise DataError(
+            f"{cfg.data.retain.path}: 1 different row, wanted at least 2 to cut retain_test from "
+            "(or give a file for it)"
+        )
+    part = set(order[: max(round(cfg.data.holdout * len(order)), 1)])
+    sets["retain_test"] = [r for r in rows if r.uid in part]
+    sets["retain"] = [r for r in rows if r.uid not in part]
+
+
 def _rows(item: Item) -> tuple[Row, ...]:
     return (item,) if isinstance(item, Row) else (item.chosen, item.rejected)
 
@@ -218,11 +238,11 @@ def _rows(item: Item) -> tuple[Row, ...]:
 def _disjoint(
     sets: dict[str, list[Any]], policy: str, dropped: list[Dropped]
 ) -> dict[str, list[Any]]:
-    """Each content belongs to the first of test, validation, pa, forget, retain that holds it."""
+    """Each content belongs to the first set in the order below that holds it."""
     owner: dict[str, tuple[str, str]] = {}
     shared: dict[tuple[str, str], list[str]] = {}
     out: dict[str, list[Any]] = {}
-    for name in ("test", "validation", "pa", "forget", "retain"):
+    for name in ("test", "validation", "pa", "retain_test", "forget", "retain"):
         out[name] = []
         for item in sets[name]:
             taken = [(r, *owner[r.uid]) for r in _rows(item) if r.uid in owner]
