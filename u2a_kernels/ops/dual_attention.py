@@ -1,7 +1,7 @@
 """Softmax attention on dual rows, flash style: only o and the row statistics lse, mu are kept.
 
 S = cap(s q k^T), P = exp(S - lse), o = P v; P_t = P (S_t - mu), mu = sum P S_t the tangent of lse;
-o_t = P v_t + P_t v. The backward (`_piece_bwd`) is the tangent of the flash backward.
+o_t = P v_t + P_t v. The backward (`_hvp`) is the tangent of the flash backward.
 The reference holds the scores of a few heads at a time, never those of the whole batch.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from u2a_kernels._library import define
 from u2a_kernels._segments import accum_dtype
 
 PIECE = 1 << 21  # scores held at once
+Pair = tuple[Tensor, Tensor]  # primal, tangent
+Options = tuple[Any, ...]  # offsets, scale, causal, window, softcap, mode
 
 
 def dual_attention(
@@ -95,64 +98,52 @@ def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Non
 
 
 class Cut(NamedTuple):
-    """Rows of a half and key heads whose scores are held at once; `rep` queries per key head."""
+    """Rows and key heads whose scores are held at once; `rep` queries share a key head."""
 
     rows: slice
     heads: slice
     rep: int
     packed: bool
 
-    def views(self, x: Tensor, queries: bool) -> tuple[Tensor, Tensor]:
-        """[b, h, T, ...] views of both halves of x."""
-        return self.view(halves(x)[0], queries), self.view(halves(x)[1], queries)
-
-    def view(self, half: Tensor, queries: bool) -> Tensor:
-        rep = self.rep if queries else 1
-        heads = slice(self.heads.start * rep, self.heads.stop * rep)
-        part = half[self.rows, heads]
+    def view(self, half: Tensor, rep: int = 1) -> Tensor:
+        """[b, heads * rep, T, ...] of one half; rep is 1 for keys and values."""
+        part = half[self.rows, self.heads.start * rep : self.heads.stop * rep]
         return part.transpose(0, 1)[None] if self.packed else part
+
+    def flat(self, half: Tensor, acc: torch.dtype, rep: int = 1) -> Tensor:
+        """[b * heads, rep * T, ...]: all queries of a key head are rows of one product."""
+        part = self.view(half, rep).to(acc)
+        b, h, t, *rest = part.shape
+        return part.reshape(b * h // rep, rep * t, *rest)
+
+    def pair(self, x: Tensor, acc: torch.dtype, rep: int = 1) -> Pair:
+        primal, tangent = halves(x)
+        return self.flat(primal, acc, rep), self.flat(tangent, acc, rep)
+
+    def store(self, half: Tensor, flat: Tensor, rep: int = 1) -> None:
+        target = self.view(half, rep)
+        target.copy_(flat.view(target.shape))
 
 
 def _cuts(q: Tensor, k: Tensor, offsets: Tensor | None) -> Iterator[Cut]:
     h_kv = k.shape[1]
     rep = q.shape[1] // h_kv
     if offsets is None:
-        per_head = rep * q.shape[2] * k.shape[2]
-        heads = max(1, min(h_kv, PIECE // max(1, per_head)))
-        rows = max(1, PIECE // max(1, per_head * h_kv))
-        blocks = [(b, b + rows, heads) for b in range(0, q.shape[0] // 2, rows)]
+        scores = max(1, rep * q.shape[2] * k.shape[2])  # of one row and key head
+        step = max(1, PIECE // (scores * h_kv))
+        blocks = [(b, b + step, scores) for b in range(0, q.shape[0] // 2, step)]
     else:
         ends = offsets.tolist()
-        blocks = [
-            (s, e, max(1, min(h_kv, PIECE // (rep * (e - s) ** 2))))
-            for s, e in zip(ends[:-1], ends[1:], strict=True)
-            if e > s
-        ]
-    for start, end, heads in blocks:
+        blocks = [(s, e, rep * (e - s) ** 2) for s, e in pairwise(ends) if e > s]
+    for start, end, scores in blocks:
+        heads = max(1, min(h_kv, PIECE // scores))
         for h in range(0, h_kv, heads):
             yield Cut(slice(start, end), slice(h, min(h + heads, h_kv)), rep, offsets is not None)
 
 
-def _rows(x: Tensor, h_kv: int, acc: torch.dtype) -> Tensor:
-    """[b, h_kv * rep, T, D] -> [b * h_kv, rep * T, D]: the queries of a key head, one matmul."""
-    b, h, t, d = x.shape
-    return x.to(acc).reshape(b * h_kv, h // h_kv * t, d)
-
-
-def _hidden(t: int, s: int, rep: int, causal: bool, window: int | None, device) -> Tensor | None:
-    """[rep * t, s], true where a query does not see a key."""
-    if not causal:
-        return None
-    query = torch.arange(t, device=device)[:, None] + (s - t)
-    key = torch.arange(s, device=device)
-    hidden = key > query
-    if window is not None:
-        hidden |= key <= query - window
-    return hidden.repeat(rep, 1)
-
-
 class Scores(NamedTuple):
-    """Capped scores and their tangent; d1 and d2 raw_t are the cap's derivative and its tangent."""
+    """Capped scores with -inf where a key is not seen, and their tangent; the cap's derivative
+    and the tangent of that."""
 
     s: Tensor
     s_t: Tensor
@@ -160,54 +151,44 @@ class Scores(NamedTuple):
     d1_t: Tensor | None
 
 
-def _scores(
-    q: Tensor, q_t: Tensor, k: Tensor, k_t: Tensor, scale: float, softcap: float | None
-) -> Scores:
+def _scores(qs: Pair, ks: Pair, rep: int, options: Options) -> Scores:
+    _, scale, causal, window, softcap, _ = options
+    (q, q_t), (k, k_t) = qs, ks
     s = q @ k.mT * scale
     s_t = torch.baddbmm(q_t @ k.mT, q, k_t.mT) * scale
-    if softcap is None:
-        return Scores(s, s_t, None, None)
-    th = torch.tanh(s / softcap)
-    d1 = 1 - th * th
-    return Scores(softcap * th, d1 * s_t, d1, -2 / softcap * th * d1 * s_t)
+    d1 = d1_t = None
+    if softcap is not None:
+        th = torch.tanh(s / softcap)
+        d1 = 1 - th * th
+        s, s_t = softcap * th, d1 * s_t
+        d1_t = -2 / softcap * th * s_t
+    if causal:
+        t, keys = q.shape[1] // rep, k.shape[1]
+        query = torch.arange(keys - t, keys, device=q.device)[:, None]
+        key = torch.arange(keys, device=q.device)
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        s = s.masked_fill_(hidden.repeat(rep, 1), -math.inf)
+    return Scores(s, s_t, d1, d1_t)
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def reference(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     acc = accum_dtype(q)
-    out, lse, mu = _fake(q, k, v, offsets, scale, causal, window, softcap, mode)
-    for cut in _cuts(q, k, offsets):
-        h_kv = cut.heads.stop - cut.heads.start
-        qs = [_rows(x, h_kv, acc) for x in cut.views(q, True)]
-        ks, vs = ([_rows(x, x.shape[1], acc) for x in cut.views(y, False)] for y in (k, v))
-        o, o_t = cut.views(out, True)
-        s, s_t, _, _ = _scores(*qs, *ks, scale, softcap)
-        hidden = _hidden(o.shape[2], s.shape[2], cut.rep, causal, window, q.device)
-        if hidden is not None:
-            s.masked_fill_(hidden, -math.inf)
+    out, lse, mu = _fake(q, k, v, *options)
+    for cut in _cuts(q, k, options[0]):
+        v0, v_t = cut.pair(v, acc)
+        s, s_t, _, _ = _scores(cut.pair(q, acc, cut.rep), cut.pair(k, acc), cut.rep, options)
         row = torch.logsumexp(s, -1)
-        p = torch.exp(s - _finite(row)[..., None])
+        p = torch.softmax(s, -1).masked_fill_((row == -math.inf)[..., None], 0.0)
         m = (p * s_t).sum(-1)
         p_t = p * (s_t - m[..., None])
-        o.copy_((p @ vs[0]).view(o.shape))
-        o_t.copy_(torch.baddbmm(p @ vs[1], p_t, vs[0]).view(o.shape))
-        cut.view(lse, True).copy_(row.view(o.shape[:3]))
-        cut.view(mu, True).copy_(m.view(o.shape[:3]))
+        o, o_t = halves(out)
+        cut.store(o, p @ v0, cut.rep)
+        cut.store(o_t, torch.baddbmm(p @ v_t, p_t, v0), cut.rep)
+        cut.store(lse, row, cut.rep)
+        cut.store(mu, m, cut.rep)
     return out, lse, mu
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """A query without keys has lse -inf; 0 instead makes its probabilities 0, not NaN."""
-    return lse.masked_fill(lse == -math.inf, 0.0)
 
 
 def reference_bwd(
@@ -218,77 +199,66 @@ def reference_bwd(
     out: Tensor,
     lse: Tensor,
     mu: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    mode: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accum_dtype(q)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    for cut in _cuts(q, k, offsets):
-        h_kv = cut.heads.stop - cut.heads.start
-        qs, os, gs = ([_rows(x, h_kv, acc) for x in cut.views(y, True)] for y in (q, out, grad))
-        ks, vs = ([_rows(x, x.shape[1], acc) for x in cut.views(y, False)] for y in (k, v))
-        scores = _scores(*qs, *ks, scale, softcap)
-        t = cut.view(lse, True).shape[2]
-        hidden = _hidden(t, ks[0].shape[1], cut.rep, causal, window, q.device)
-        if hidden is not None:
-            scores.s.masked_fill_(hidden, -math.inf)
-        row, m = (cut.view(x, True).reshape(scores.s.shape[:2]) for x in (lse, mu))
-        p = torch.exp(scores.s - _finite(row)[..., None])
-        if mode == "ggn":
-            parts = _piece_ggn(p, scores, qs[0], ks[0], vs[0], os[0], gs[0], scale)
+    for cut in _cuts(q, k, options[0]):
+        rep = cut.rep
+        qs, os, gs = (cut.pair(x, acc, rep) for x in (q, out, grad))
+        ks, vs = cut.pair(k, acc), cut.pair(v, acc)
+        scores = _scores(qs, ks, rep, options)
+        row, m = cut.flat(lse, acc, rep)[..., None], cut.flat(mu, acc, rep)[..., None]
+        p = torch.exp(scores.s - row.masked_fill(row == -math.inf, 0.0))
+        if options[-1] == "ggn":
+            parts = _ggn(p, scores, qs, ks, vs, os, gs, options[1])
         else:
-            parts = _piece_bwd(p, m, scores, qs, ks, vs, os, gs, scale)
-        targets = (*cut.views(dq, True), *cut.views(dk, False), *cut.views(dv, False))
-        for target, part in zip(targets, parts, strict=True):
-            if part is not None:
-                target.copy_(part.view(target.shape))
+            parts = _hvp(p, m, scores, qs, ks, vs, os, gs, options[1])
+        for x, heads, pair in zip((dq, dk, dv), (rep, 1, 1), parts, strict=True):
+            for half, part in zip(halves(x), pair, strict=False):
+                cut.store(half, part, heads)
     return dq, dk, dv
 
 
-def _piece_ggn(p, scores, q, k, v, o, g, scale):
-    """Plain flash backward of the primal half: (dq, None, dk, None, dv, None)."""
-    ds = p * (g @ v.mT - (g * o).sum(-1, keepdim=True)) * scale
+def _ggn(
+    p: Tensor, scores: Scores, qs: Pair, ks: Pair, vs: Pair, os: Pair, gs: Pair, scale: float
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Plain flash backward of the primal half: (dq,), (dk,), (dv,)."""
+    q, k, v, o, g = qs[0], ks[0], vs[0], os[0], gs[0]
+    ds = scale * p * (g @ v.mT - (g * o).sum(-1, keepdim=True))
     if scores.d1 is not None:
-        ds *= scores.d1
-    return ds @ k, None, ds.mT @ q, None, p.mT @ g, None
+        ds = ds * scores.d1
+    return (ds @ k,), (ds.mT @ q,), (p.mT @ g,)
 
 
-def _piece_bwd(p, mu, scores, qs, ks, vs, os, gs, scale):
-    """Tangent of the flash backward: (dq, dq_t, dk, dk_t, dv, dv_t)."""
+def _hvp(
+    p: Tensor,
+    mu: Tensor,
+    scores: Scores,
+    qs: Pair,
+    ks: Pair,
+    vs: Pair,
+    os: Pair,
+    gs: Pair,
+    scale: float,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Tangent of the flash backward: (dq, dq_t), (dk, dk_t), (dv, dv_t)."""
     (q, q_t), (k, k_t), (v, v_t), (o, o_t), (g_t, g) = qs, ks, vs, os, gs
-    p_t = p * (scores.s_t - mu[..., None])
+    p_t = p * (scores.s_t - mu)
     c = g @ v.mT - (g * o).sum(-1, keepdim=True)
     c_t = torch.baddbmm(g_t @ v.mT, g, v_t.mT) - (g_t * o + g * o_t).sum(-1, keepdim=True)
     ds, ds_t = scale * p * c, scale * (p_t * c + p * c_t)
-    if scores.d1 is not None:
+    if scores.d1 is not None and scores.d1_t is not None:
         ds, ds_t = ds * scores.d1, ds_t * scores.d1 + ds * scores.d1_t
     return (
-        torch.baddbmm(ds_t @ k, ds, k_t),
-        ds @ k,
-        torch.baddbmm(ds_t.mT @ q, ds.mT, q_t),
-        ds.mT @ q,
-        torch.baddbmm(p_t.mT @ g, p.mT, g_t),
-        p.mT @ g,
+        (torch.baddbmm(ds_t @ k, ds, k_t), ds @ k),
+        (torch.baddbmm(ds_t.mT @ q, ds.mT, q_t), ds.mT @ q),
+        (torch.baddbmm(p_t.mT @ g, p.mT, g_t), p.mT @ g),
     )
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stat = (q.shape[0] // 2, *q.shape[1:-1])
-    acc = accum_dtype(q)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    stat, acc = (q.shape[0] // 2, *q.shape[1:-1]), accum_dtype(q)
     return (
         q.new_empty(*q.shape[:-1], v.shape[-1]),
         q.new_empty(stat, dtype=acc),
@@ -297,7 +267,7 @@ def _fake(
 
 
 def _fake_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fresh(q), fresh(k), fresh(v)
 

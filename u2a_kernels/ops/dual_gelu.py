@@ -51,15 +51,14 @@ def _erf(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tanh(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    k, c = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(k * (x + c * x**3))
-    u1, u2 = k * (1 + 3 * c * x * x), k * 6 * c * x  # derivatives of tanh's argument
-    q = 1 - t * t
-    return (
-        0.5 * x * (1 + t),
-        0.5 * (1 + t) + 0.5 * x * q * u1,
-        q * u1 + 0.5 * x * q * (u2 - 2 * t * u1 * u1),
-    )
+    """0.5 (1 + tanh u) is the sigmoid of 2 u, which keeps its tails."""
+    k, c = 2 * math.sqrt(2 / math.pi), 0.044715
+    u = k * (x + c * x**3)
+    u1, u2 = k * (1 + 3 * c * x * x), k * 6 * c * x
+    s = torch.sigmoid(u)
+    slope = s * torch.sigmoid(-u)
+    f1 = s + x * slope * u1
+    return x * s, f1, slope * (2 * u1 + x * (u2 + (1 - 2 * s) * u1 * u1))
 
 
 def _gelu(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 z = h W^T, z_t = h_t W^T + h W_t^T, p = softmax z, e = sum p z_t, u = p (z_t - e);
 loss = lse - z_y, loss_t = sum p (z_t - z_t,y), curvature = sum p (z_t - e)^2 = z_t . u.
-Frozen head: the forward forms r1 = (p - 1y) W and r2 = u W + (p - 1y) W_t; for any cotangents (a, b)
-of (loss, loss_t), dh = a r1 + b r2 and dh_t = b r1. Trainable head: the backward redoes the chunks.
+Frozen head: the forward forms r1 = (p - 1y) W and r2 = u W + (p - 1y) W_t; for cotangents (a, b) of
+(loss, loss_t), dh = a r1 + b r2 and dh_t = b r1. Trainable head: the backward redoes the chunks.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def _chunks(h: Tensor, weight: Tensor, targets: Tensor, weight_t: Tensor | None)
         z, z_t = _project(a, weight), _project(a_t, weight)
         if weight_t is not None:
             z_t += _project(a, weight_t)
+        z -= z.amax(1, keepdim=True)  # keeps the rounding of z - lse small
         lse = torch.logsumexp(z, 1, keepdim=True)
         loss = (lse - z.gather(1, y))[:, 0]
         p = z.sub_(lse).exp_()
