@@ -1,0 +1,203 @@
+"""u2a.dual: an unmodified Hugging Face causal LM maps [x; x_t] to [h; h_t] while a context is open.
+
+B examples are followed by their B tangents along a direction in parameter space. Nonlinear parts
+become dual ops, and one ordinary backward of a tangent output gives second-order products.
+Attention goes through transformers' registries, the rest through instance attributes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from u2a.dual_modules import Refused, Site, UnsupportedModel, path
+from u2a.dual_table import CAUSAL_LMS, overrides
+from u2a_kernels import dual_attention
+
+NAME = "u2a_dual"
+Mode = Literal["hvp", "ggn", "jvp"]
+_open: set[int] = set()
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [2B, H, T, D] in, [2B, T, H, D] out."""
+    mode = module.__dict__.get("u2a_mode")
+    if mode is None or attention_mask is not None or dropout:
+        raise RuntimeError(
+            f"{NAME}: this attention answers only inside u2a.dual, without mask and dropout; got "
+            f"mode {mode}, mask {attention_mask is not None}, dropout {dropout}"
+        )
+    out = dual_attention(query, key, value, scale=scaling, window=sliding_window, mode=mode)
+    return out.transpose(1, 2), None
+
+
+def _mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> None:
+    """Right-padded causal rows need no mask; any other wish is refused."""
+    if attention_mask is not None or not allow_is_causal_skip:
+        raise ValueError(
+            "u2a.dual: pass right-padded input_ids only; attention_mask and packed position_ids "
+            "are not supported (real tokens never see the padding to their right)"
+        )
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+
+
+def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+    """Backbone and language-model head of a known causal LM, also inside a PeftModel.
+
+    Raises:
+        UnsupportedModel: another class, or a head that is not a plain nn.Linear without bias; what
+            lies between backbone and logits elsewhere (scales, caps) is not known here.
+    """
+    wrapped = getattr(model, "get_base_model", None)
+    base: Any = wrapped() if wrapped is not None else model
+    if path(type(base)) not in CAUSAL_LMS:
+        raise UnsupportedModel(
+            f"{path(type(base))} is not a known causal LM, wanted one of {sorted(CAUSAL_LMS)}",
+            "model",
+        )
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise UnsupportedModel(
+            f"output head {path(type(head))}, wanted torch.nn.Linear without bias", "model"
+        )
+    return base.base_model, head
+
+
+def is_open(model: nn.Module) -> bool:
+    """True while `model`'s backbone is inside `u2a.dual`."""
+    return id(parts(model)[0]) in _open
+
+
+@dataclass(frozen=True)
+class Dual:
+    """The model while its context is open. Call it with ids `[B, T]` for `[2B, T, d]`."""
+
+    backbone: nn.Module
+    head: nn.Linear
+    head_tangent: Tensor | None
+    mode: Mode
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _by_parameter(model: nn.Module, tangents: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[int, Tensor] = {}
+    for name, t in tangents.items():
+        p = named.get(name)
+        if p is None:
+            near = difflib.get_close_matches(name, named, n=1, cutoff=0.0)
+            raise ValueError(
+                f"u2a.dual: tangents holds {name!r}, which is no parameter of "
+                f"{type(model).__name__}; the nearest is {near[0]!r}"
+            )
+        if t.shape != p.shape or t.dtype != p.dtype or t.device != p.device:
+            raise ValueError(
+                f"u2a.dual: tangents[{name!r}] must be like its parameter, {list(p.shape)} "
+                f"{p.dtype} on {p.device}, got {list(t.shape)} {t.dtype} on {t.device}"
+            )
+        if id(p) in found:
+            raise ValueError(f"u2a.dual: tangents holds {name!r} twice, under tied names")
+        found[id(p)] = t.detach()
+    return found
+
+
+def _survey(model: nn.Module, site: Site) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """Every module's overrides, or one error that names all refused modules."""
+    found, faults = [], []
+    for name, module in model.named_modules():
+        try:
+            found.append((module, overrides(module, site, root=module is model)))
+        except Refused as reason:
+            faults.append(f"{name or 'the model'} ({path(type(module))}): {reason}")
+    if faults:
+        raise UnsupportedModel(faults, f"u2a.dual: {type(model).__name__} is not supported")
+    return found
+
+
+@contextmanager
+def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -> Iterator[Dual]:
+    """While open, the backbone of `model` maps B rows of ids to [h; h_t], `[2B, T, d]`.
+
+    h is the last hidden state, h_t its derivative along `tangents`. Any way of calling the
+    backbone works (`model.base_model(input_ids=ids)`, the object yielded, ...); the language-model
+    head maps [h; h_t] to [z; z_t]. Rows are right-padded; no attention mask, no cache, default
+    position ids.
+
+    Args:
+        model: Llama, Mistral, Qwen2, Qwen3 or GPT-2 for causal LM, with or without plain peft LoRA.
+        tangents: {parameter name: direction}, shape, dtype and device of the parameter; a missing
+            name means zero; the direction of a tied weight applies to all its uses.
+        mode: "hvp" (the backward of the tangent output is the Hessian product), "ggn" (backward
+            through the primal graph only) or "jvp" (forward only).
+
+    Raises:
+        UnsupportedModel: modules, dropout in training mode, adapter variants or hooks without a
+            known tangent, all of them by name.
+        ValueError: unknown or misshapen tangents, unknown mode.
+        RuntimeError: the model is already inside `u2a.dual`.
+
+    A backward with activation checkpointing must run while the context is open. Everything is put
+    back on exit, also after an exception. Source: Pearlmutter (Neural Computation 6, 1994), reverse
+    over forward on a stacked batch.
+    """
+    if mode not in ("hvp", "ggn", "jvp"):
+        raise ValueError(f"u2a.dual: mode must be 'hvp', 'ggn' or 'jvp', got {mode!r}")
+    backbone, head = parts(model)
+    if id(backbone) in _open:
+        raise RuntimeError("u2a.dual: this model is already inside u2a.dual; contexts do not nest")
+    by_parameter = _by_parameter(model, tangents)
+    site = Site(by_parameter, mode, backbone.get_input_embeddings())  # type: ignore[operator]
+    found = _survey(model, site)
+    lost = [n for n, p in model.named_parameters() if id(p) in by_parameter.keys() - site.served]
+    if lost:
+        raise UnsupportedModel(
+            [f"{n}: no known module uses it" for n in lost], "u2a.dual: tangents"
+        )
+    config: Any = backbone.config
+    implementation = config._attn_implementation
+    _open.add(id(backbone))
+    replaced: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module, attributes in found:
+            for name, value in attributes.items():
+                replaced.append((module, name, module.__dict__.get(name)))
+                module.__dict__[name] = value
+        config._attn_implementation = NAME
+        yield Dual(backbone, head, by_parameter.get(id(head.weight)), mode)
+    finally:
+        config._attn_implementation = implementation
+        for module, name, before in replaced:
+            del module.__dict__[name]
+            if before is not None:
+                module.__dict__[name] = before
+        _open.discard(id(backbone))
+
+
+__all__ = ["Dual", "Mode", "UnsupportedModel", "dual", "is_open", "parts"]
