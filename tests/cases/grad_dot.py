@@ -106,3 +106,17 @@ CASES = [
         },
     )
 ]
+
+
+def aot_inputs(dtype):
+    """Sizes of a 7B model's MLP: one direction, and several."""
+    for n, d_in, d_out, q in ((8192, 4096, 11008, 1), (512, 4096, 4096, 4)):
+        yield (
+            "grad_dot",
+            dict(
+                x=torch.empty(n, d_in, dtype=dtype, device="meta"),
+                g=torch.empty(n, d_out, dtype=dtype, device="meta"),
+                offsets=torch.empty(65, dtype=torch.int32, device="meta"),
+                v=torch.empty(q, d_out, d_in, dtype=dtype, device="meta"),
+            ),
+        )
