@@ -1,7 +1,7 @@
 """Unlearning losses `AnswerLogps -> [B]` (minimised) and the preference objective (maximised).
 
-Both see the model only through answer log-probabilities, so their tangents and Hessian products follow
-by the chain rule from those of `logp`. Summed log-probabilities lp = log pi(y|x), |y| answer tokens.
+Both see the model only through answer log-probabilities, so their tangents and Hessian products
+follow by the chain rule from those of `logp`. In formulas lp = log pi(y|x), summed over |y| tokens.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def get_loss(name: str, beta: float | None = None) -> Loss:
 
 
 def dpo_margins(lp: AnswerLogps) -> Tensor:
-    """`[P]` margins (lp - ref)(chosen) - (lp - ref)(rejected) of a batch of P chosen, P rejected."""
+    """`[P]` margins (lp - ref)(chosen) - (lp - ref)(rejected); P chosen rows, then P rejected."""
     rows = lp.count.shape[0]
     if rows % 2:
         raise ValueError(f"dpo_margins: the batch must hold P chosen then P rejected, got {rows}")
