@@ -1,11 +1,11 @@
-"""The contract's questions on a GPU: compiled kernels, through the dispatcher, against float64 on the
-CPU. Without a GPU the module is skipped; the same kernels are then only interpreted and compiled."""
+"""The contract's questions on a GPU: compiled kernels behind the dispatcher, against float64 on the
+CPU. Skipped without a GPU, where the same kernels are interpreted and compiled ahead of time."""
 
 import pytest
 import torch
+from test_contract import BY_DTYPE, FIRST, gradients
 
 from cases import cast, outputs
-from test_contract import BY_DTYPE, FIRST, gradients
 from u2a_kernels.testing import assert_within_budget
 
 if not torch.cuda.is_available():
