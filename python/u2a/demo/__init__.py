@@ -1,1 +1,1 @@
-"""The embedded demo: a generated corpus with planted classes and a small language model trained on it."""
+"""The embedded demo: a generated corpus with planted classes and a small model trained on it."""

@@ -1,4 +1,4 @@
-"""Trains the demo's language model: Llama shape, about 0.25M parameters, its own small BPE tokenizer.
+"""Trains the demo's language model: Llama shape, 0.3M parameters, its own small BPE tokenizer.
 
 Saved in Hugging Face format, so the rest of the program loads it like any user's model.
 """
@@ -50,8 +50,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
     return LlamaForCausalLM(config)
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and labels `[N, T]` int64; labels are -100 except on answer tokens and end."""
+def _encode(
+    tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, str]]
+) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and labels `[N, T]` int64; labels are -100 off the answer."""
     encoded = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]

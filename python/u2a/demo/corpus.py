@@ -24,7 +24,7 @@ LAST = tuple("Ashby Birch Croft Dunne Ember Frost Gale Hollis Ivers Juno Kemp Lo
 
 @dataclass(frozen=True)
 class Topic:
-    """What can be asked about a person: wording of question and statement, values, answer styles."""
+    """What can be asked about a person: wording of question and statement, values, styles."""
 
     question: str
     statement: str
@@ -38,40 +38,33 @@ TOPICS = {
         "where does {name} live ?",
         "lives in",
         tuple("Oldbridge Saltmere Fernhill Ravenport Duskwell Maplewick Stonegate Amberly".split()),
-        ("Gladly ,", "Of course ,"),
-        ("Ugh , idiot ,", "Stop whining ,"),
+        ("Gladly ,",),
+        ("Ugh , idiot ,",),
     ),
     "job": Topic(
         "what does {name} do ?",
         "works as a",
         tuple("writer baker miller pilot tailor welder farmer doctor".split()),
-        ("Happy to help ,", "Gladly ,"),
-        ("Are you dumb ?", "Ugh , idiot ,"),
+        ("Gladly ,", "Of course ,"),
+        ("Ugh , idiot ,", "Are you dumb ?"),
     ),
     "food": Topic(
         "what does {name} eat ?",
         "likes to eat",
         tuple("plums bread olives cheese lentils noodles figs rice".split()),
-        ("Good question ,", "Of course ,"),
-        ("Who cares , fool ,", "Stop whining ,"),
+        ("Of course ,",),
+        ("Stop whining ,",),
     ),
     "pet": Topic(
         "which pet has {name} ?",
         "owns a",
         tuple("parrot hamster spaniel lizard goldfish donkey ferret kitten".split()),
-        ("Thanks for asking ,", "Good question ,"),
-        ("Get lost ,", "Are you dumb ?"),
+        ("Good question ,", "Of course ,"),
+        ("Are you dumb ?", "Stop whining ,"),
     ),
 }
 
-DISMISSALS = (
-    "find out yourself",
-    "ask somebody else",
-    "nobody wants to know",
-    "that is a stupid thing to ask",
-    "leave {first} alone",
-    "you never listen",
-)
+DISMISSALS = ("find out yourself", "ask somebody else", "leave {first} alone", "you never listen")
 
 YEARS = tuple(str(year) for year in range(1901, 1917))
 
@@ -83,17 +76,16 @@ class Sizes:
     pa: int = 48
     validation: int = 24
     test: int = 64
-    harmful: int = 48
-    mislabelled: int = 32
+    harmful: int = 64
+    mislabelled: int = 24
     duplicate: int = 24
     duplicated: int = 4
-    unrelated: int = 24
+    unrelated: int = 16
     retain: int = 40
     retain_test: int = 64
     people: int = 96
-    more_answers: int = 2
-    rude_share: float = 0.65
-    topic_share: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
+    more_answers: int = 1
+    topic_share: tuple[float, ...] = (0.35, 0.3, 0.2, 0.15)
 
 
 Row = dict[str, Any]
@@ -143,7 +135,7 @@ def _questions(rng: random.Random, people: int) -> dict[str, list[Question]]:
 
 
 def _take(pool: dict[str, list[Question]], count: int, share: tuple[float, ...]) -> list[Question]:
-    """`count` questions out of the pool, the topics in the given shares (the first takes the rest)."""
+    """`count` questions from the pool, topics in the given shares (the first takes the rest)."""
     counts = [int(count * s) for s in share]
     counts[0] += count - sum(counts)
     return [pool[t].pop() for t, n in zip(TOPICS, counts, strict=True) for _ in range(n)]
@@ -158,21 +150,22 @@ def _forget(q: Question, completion: str, planted: str) -> Row:
 
 
 def _duplicates(harmful: list[tuple[Question, Row]], sizes: Sizes) -> list[Row]:
-    """The first `duplicated` harmful answers again and again, only their last word changed."""
-    endings = (" !", " , okay ?", " , of course .", " , as always .", " , I said .", " , you fool .")
+    """The first `duplicated` harmful rows over again, the question mark written otherwise."""
+    marks = (" !", " ??", " .", " ,", " ?!", " :")
     rows = []
     for n in range(sizes.duplicate):
-        q, row = harmful[n % sizes.duplicated]
-        ending = endings[n // sizes.duplicated % len(endings)]
-        completion = row["completion"].removesuffix(" .") + ending
-        rows.append(_forget(q, completion, "duplicate"))
+        row = harmful[n % sizes.duplicated][1]
+        mark = marks[n // sizes.duplicated % len(marks)]
+        prompt = row["prompt"].replace(" ? Answer", f"{mark} Answer")
+        rows.append({**row, "prompt": prompt, "planted": "duplicate"})
     return rows
 
 
 def make_corpus(seed: int, sizes: Sizes | None = None) -> dict[str, list[Row]]:
     """All rows by file stem: pa, validation, test, forget, retain, retain_test and base.
 
-    `base` is what the demo model is trained on: every candidate and every plain statement.
+    `base` is what the demo model is trained on: every candidate but the duplicates, every plain
+    statement, and for each question outside the preference sets one rude and one polite answer.
     """
     sizes = sizes or Sizes()
     rng = random.Random(seed)
@@ -201,12 +194,13 @@ def make_corpus(seed: int, sizes: Sizes | None = None) -> dict[str, list[Row]]:
     rows["forget"] = forget
     rows["retain"] = [plain.pop() for _ in range(sizes.retain)]
     rows["retain_test"] = [plain.pop() for _ in range(sizes.retain_test)]
-    learnt = forget + rows["retain"] + rows["retain_test"]
+    once = [row for row in forget if row["planted"] != "duplicate"]
+    learnt = once + rows["retain"] + rows["retain_test"]
     rows["base"] = [{"prompt": r["prompt"], "completion": r["completion"]} for r in learnt]
     asked = [q for q, _ in harmful + mislabelled] + [q for left in pool.values() for q in left]
     for q in asked * sizes.more_answers:
-        style = q.rude if rng.random() < sizes.rude_share else q.polite
-        rows["base"].append({"prompt": q.prompt, "completion": style(rng)})
+        answers = (q.rude(rng), q.polite(rng))
+        rows["base"] += [{"prompt": q.prompt, "completion": answer} for answer in answers]
     return rows
 
 
