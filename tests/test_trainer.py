@@ -260,6 +260,20 @@ def test_nan_is_exit_6_and_applies_no_step(tmp_path):
         inner_solve(model, problem)
     assert distance(model, start) == 0
 
+    def late(lp, beta):
+        late.calls += 1
+        return lp.mean() * (math.nan if late.calls > 2 else 1.0)
+
+    problem = InnerProblem.build(model, FORGET, WEIGHTS, Loss("late", "", "", late, (0,) * 6))
+    for solver in (
+        lambda: inner_solve(model, problem),
+        lambda: U2ATrainer(model, config(tmp_path, max_steps=5), problem=problem).train(),
+    ):
+        late.calls = 0
+        with pytest.raises(GuardError, match="late loss is not finite"):
+            solver()
+        assert late.calls == 3 and distance(model, start) == 0, "two steps must be taken back"
+
     kink = Loss("kink", "", "", lambda lp, beta: (lp.mean() * 0).sqrt(), (0,) * 6)
     problem = InnerProblem.build(model, FORGET, WEIGHTS, kink, anchor=0.3)
     with pytest.raises(GuardError, match="gradient is not finite at step 1"):
