@@ -1,5 +1,6 @@
 // What every CPU op shares: stable-ABI headers, scalar types, and a GEMM through the dispatcher.
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
@@ -43,15 +44,10 @@ inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   out = torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out += a @ b.
+// out += a @ b. The dispatcher's stack holds no Scalar, hence the shim.
 inline void addmm_(Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 5> stack{torch::stable::detail::from(out),
-                                    torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(1.0),
-                                    torch::stable::detail::from(1.0)};
   STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::addmm_", "", stack.data(), TORCH_ABI_VERSION));
-  out = torch::stable::detail::to<Tensor>(stack[0]);
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cases import Case, all_cases, cast, outputs
+from u2a_kernels._triton import INTERPRET
 from u2a_kernels.testing import assert_within_budget
 
 CASES = all_cases()
@@ -30,22 +31,25 @@ FIRST = [pytest.param(c, c.variants[0], id=c.name) for c in CASES]
 
 
 def implementations(case: Case, dtype: torch.dtype):
+    """The op, and its launchers where they run on CPU tensors; tests/test_cuda.py has the GPU."""
     yield "op", case.public
-    if dtype != torch.float64:
+    if dtype != torch.float64 and INTERPRET:
         yield from case.launchers.items()
 
 
 def gradients(case: Case, function, args, weights=None):
     """Gradients of a fixed weighting of the differentiable outputs; zeros where no path leads."""
     leaves = {
-        n: args[n].detach().clone().requires_grad_() for n in case.differentiable if n in args
+        n: args[n].detach().clone().requires_grad_()
+        for n in case.differentiable
+        if args.get(n) is not None
     }
-    leaves = {n: t for n, t in leaves.items() if t is not None}
     out = outputs(function(**{**args, **leaves}))
     picked = [out[i] for i in case.grad_outputs]
     if weights is None:
         weights = [
-            torch.cos(torch.arange(o.numel(), dtype=torch.float64)).view(o.shape) for o in picked
+            torch.arange(o.numel(), dtype=torch.float64, device=o.device).cos().view(o.shape)
+            for o in picked
         ]
     total = sum((o.double() * w).sum() for o, w in zip(picked, weights, strict=True))
     if not total.requires_grad:
@@ -72,9 +76,13 @@ def test_gradients(case, variant, dtype):
     args = case.inputs(variant, dtype)
     exact = gradients(case, case.oracle, cast(args, torch.float64))
     baseline = gradients(case, case.oracle, args)
-    for name, got in gradients(case, case.public, args).items():
-        assert got.dtype == args[name].dtype
-        assert_within_budget(got, exact[name], baseline[name], f"{case} d/d{name}")
+    functions = {"op": case.public}
+    if dtype != torch.float64 and INTERPRET:
+        functions |= case.backward_launchers
+    for label, function in functions.items():
+        for name, got in gradients(case, function, args).items():
+            assert got.dtype == args[name].dtype
+            assert_within_budget(got, exact[name], baseline[name], f"{case} {label} d/d{name}")
 
 
 @pytest.mark.parametrize("case, variant", SMALL)

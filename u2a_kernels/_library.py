@@ -44,7 +44,7 @@ def _guarded(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     return guard
 
 
-def _refusal(name: str) -> Callable[..., Any]:
+def refusal(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
             f"{name}: this op is differentiable once; double backward is not defined through it. "
@@ -80,7 +80,7 @@ def define(
         OWNERS[name] = "Triton"
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(
-        qualified, backward or _refusal(name), setup_context=setup_context, lib=LIBRARY
+        qualified, backward or refusal(name), setup_context=setup_context, lib=LIBRARY
     )
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -20,9 +20,10 @@ class Case:
     definition of the result, apart from the op's own reference and differentiable by autograd.
 
     `launchers` maps an implementation name to a callable with the public signature (e.g. the Triton
-    launcher, run interpreted). `spoil(inputs)` puts NaN into one row and returns a function that
-    picks, from a tuple of outputs, what must not change. `errors`: label -> (changed arguments,
-    exception, message pattern).
+    launcher, run interpreted); `backward_launchers` likewise, asked for their gradients.
+    `spoil(inputs)` puts NaN into one row and returns a function that picks, from a tuple of
+    outputs, what must not change. `errors`: label -> (changed arguments, exception, message
+    pattern).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     spoil: Callable[[Inputs], Callable[[tuple[Tensor, ...]], Sequence[Tensor]]]
     errors: dict[str, tuple[Callable[[Inputs], Inputs], type[Exception], str]]
     launchers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    backward_launchers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     grad_outputs: Sequence[int] = (0,)
 

@@ -1,0 +1,51 @@
+"""Peak memory beside time, and interleaved timing: on a shared machine only medians of interleaved
+rounds compare."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+STATUS = Path("/proc/self/status")
+
+
+def _status_mb(field: str) -> float:
+    return int(STATUS.read_text().split(field + ":")[1].split()[0]) / 1024
+
+
+def peak_mb(call: Call) -> float:
+    """MB that one call holds at its highest beyond what was held before it (Linux or CUDA)."""
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = _status_mb("VmRSS")
+    call()
+    return _status_mb("VmHWM") - before
+
+
+def interleaved(calls: dict[str, Call], rounds: int = 9) -> dict[str, float]:
+    """Median seconds of each call, one of each per round, after one warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in seconds.items()}
