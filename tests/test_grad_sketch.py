@@ -104,6 +104,14 @@ def test_gradient_flows_through_out():
     assert torch.equal(torch.autograd.grad(summed.square().sum(), x)[0], direct)
 
 
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_strided_offsets(name):
+    x, g, offsets = randn(6, 8, seed=1), randn(6, 5, seed=2), offsets_of([4, 2])
+    strided = torch.stack([offsets, offsets + 100], 1)[:, 0]
+    sketch = IMPLEMENTATIONS[name]
+    assert torch.equal(sketch(x, g, strided, 8, 3), sketch(x, g, offsets, 8, 3))
+
+
 @pytest.mark.parametrize("k", [4096, 65536])
 def test_large_k(k):
     """Strides of every size in the transform, against the sign matrix in torch integers."""

@@ -154,7 +154,7 @@ def forward_triton(x: Tensor, g: Tensor, offsets: Tensor, v: Tensor) -> Tensor:
         *x.stride(), *g.stride(), *v.stride(),
         BN=c["BN"], BO=c["BO"], BI=c["BI"], DOT=dot_dtype(x), PREC=dot_precision(), num_warps=8,
     )  # fmt: skip
-    _segment_kernel[(b, q)](part, offsets, out, n, q, c["splits"], BN=128, num_warps=4)
+    _segment_kernel[(b, q)](part, offsets.contiguous(), out, n, q, c["splits"], BN=128, num_warps=4)
     return out
 
 

@@ -212,9 +212,9 @@ def _sketch_kernel(
 
 
 def config(n: int, b: int, k: int) -> dict[str, int]:
-    """Tiles: as many tokens as a mean example has (16 to 64), 64 features, 32 coordinates."""
+    """Tiles: tokens of a mean example (16 to 64), 64 features, 16 coordinates (32 would spill)."""
     mean = triton.cdiv(n, max(1, b))
-    return dict(BN=16 if mean <= 16 else 32 if mean <= 32 else 64, BJ=64 if k >= 64 else 16, BD=32)
+    return dict(BN=16 if mean <= 16 else 32 if mean <= 32 else 64, BJ=64 if k >= 64 else 16, BD=16)
 
 
 def forward_triton(x: Tensor, g: Tensor, offsets: Tensor, k: int, seed: int) -> Tensor:
@@ -227,7 +227,8 @@ def forward_triton(x: Tensor, g: Tensor, offsets: Tensor, k: int, seed: int) -> 
         return out
     c = config(x.shape[0], b, k)
     _sketch_kernel[(b, triton.cdiv(k, c["BJ"]))](
-        x, g, offsets, out, x.shape[1], g.shape[1], k, seed, k**-0.5, *x.stride(), *g.stride(),
+        x, g, offsets.contiguous(), out, x.shape[1], g.shape[1], k, seed, k**-0.5,
+        *x.stride(), *g.stride(),
         MAGIC=TAG, **c, DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4,
     )  # fmt: skip
     return out
