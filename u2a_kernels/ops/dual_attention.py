@@ -154,8 +154,9 @@ class Scores(NamedTuple):
 def _scores(qs: Pair, ks: Pair, rep: int, options: Options) -> Scores:
     _, scale, causal, window, softcap, _ = options
     (q, q_t), (k, k_t) = qs, ks
-    s = q @ k.mT * scale
-    s_t = torch.baddbmm(q_t @ k.mT, q, k_t.mT) * scale
+    q, q_t = q * scale, q_t * scale
+    s = q @ k.mT
+    s_t = torch.baddbmm(q_t @ k.mT, q, k_t.mT)
     d1 = d1_t = None
     if softcap is not None:
         th = torch.tanh(s / softcap)
@@ -181,8 +182,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, T
         s, s_t, _, _ = _scores(cut.pair(q, acc, cut.rep), cut.pair(k, acc), cut.rep, options)
         row = torch.logsumexp(s, -1)
         p = torch.softmax(s, -1).masked_fill_((row == -math.inf)[..., None], 0.0)
-        m = (p * s_t).sum(-1)
-        p_t = p * (s_t - m[..., None])
+        p_t = s_t.mul_(p)
+        m = p_t.sum(-1)
+        p_t.addcmul_(p, m[..., None], value=-1)
         o, o_t = halves(out)
         cut.store(o, p @ v0, cut.rep)
         cut.store(o_t, torch.baddbmm(p @ v_t, p_t, v0), cut.rep)

@@ -54,8 +54,10 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
     acc = accum_dtype(gate)
     a, a_t = halves(gate.to(acc))
     b, b_t = halves(up.to(acc))
-    f, f1, _ = _silu(a)
-    return join(f * b, f1 * a_t * b + f * b_t, gate)
+    s = torch.sigmoid(a)
+    f = a * s
+    f1 = torch.addcmul(s, f, 1 - s)
+    return join(f * b, f1.mul_(a_t).mul_(b).addcmul_(f, b_t), gate)
 
 
 def reference_bwd(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
