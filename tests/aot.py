@@ -216,7 +216,8 @@ def library() -> list[Kernel]:
             arch = int(m[1])
         elif m := re.match(r"\s*Function (\S+):", line):
             name = subprocess.run(["c++filt", m[1]], capture_output=True, text=True).stdout
-            name = name.strip().split("(")[0].removeprefix("void ").split("::")[-1]
+            name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+            name = re.split(r"[<(]", name)[0].strip().split("::")[-1]
         elif m := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             kernels.append(Kernel(f"CUDA {name}", True, arch, int(m[1]), int(m[2]), int(m[3])))
     return kernels

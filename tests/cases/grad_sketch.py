@@ -127,3 +127,18 @@ CASES = [
         },
     )
 ]
+
+
+def aot_inputs(dtype):
+    """Sizes of a 7B model's MLP: long and short examples, a usual and a large sketch."""
+    for n, b, k in ((8192, 16, 4096), (2048, 128, 65536)):
+        yield (
+            "grad_sketch",
+            dict(
+                x=torch.empty(n, 4096, dtype=dtype, device="meta"),
+                g=torch.empty(n, 11008, dtype=dtype, device="meta"),
+                offsets=torch.empty(b + 1, dtype=torch.int32, device="meta"),
+                k=k,
+                seed=0,
+            ),
+        )

@@ -167,3 +167,22 @@ CASES = [
         ),
     )
 ]
+
+
+def aot_inputs(dtype):
+    """The head of an 8B Llama; a capped, tempered head with a bias."""
+    for n, d, v, bias, softcap, temperature in (
+        (8192, 4096, 128256, False, None, 1.0),
+        (4096, 2304, 256000, True, 30.0, 0.7),
+    ):
+        yield (
+            "linear_logp",
+            dict(
+                h=torch.empty(n, d, dtype=dtype, device="meta"),
+                weight=torch.empty(v, d, dtype=dtype, device="meta"),
+                targets=torch.empty(n, dtype=torch.int64, device="meta"),
+                bias=torch.empty(v, dtype=dtype, device="meta") if bias else None,
+                softcap=softcap,
+                temperature=temperature,
+            ),
+        )
