@@ -32,7 +32,7 @@ help:
 
 demo: $(BUILT)
 	@$(RUN) -m u2a demo --out $(or $(OUT),runs/demo)
-	@echo "make demo: $(TOOK). Look at $(or $(OUT),runs/demo)/report.html"
+	@echo "make demo: $(TOOK)"
 
 test: lint pytest aot
 	@echo "make test: everything passed in $(TOOK). Logs in build/logs; next: make demo"
@@ -43,6 +43,7 @@ lint: $(BUILT)
 	$(STEP) "clang-format" $(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 	$(STEP) "mypy" $(RUN) -m mypy
 
+pytest: export OMP_NUM_THREADS ?= 1
 pytest: $(BUILT)
 	$(STEP) --last "pytest" $(RUN) -m pytest -n 2 -rs tests
 
