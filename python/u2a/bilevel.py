@@ -1,7 +1,7 @@
 """The outer problem: choose weights w so that unlearning with them raises J most.
 
 J(theta*(w)), theta*(w) = argmin F(theta, w), has gain_i = dJ/dw_i = -<v, grad l_i>, where
-A v = grad J and A = sum_j w_j H_j + mu H_R + lambda I (arXiv 2504.06659; implicit function theorem).
+A v = grad J, A = sum_j w_j H_j + mu H_R + lambda I (arXiv 2504.06659; implicit function theorem).
 Blocks are added greedily with an inner re-solve between them; then the weights move on the support
 by exponentiated gradient. The best state on validation pairs is kept.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from u2a.losses import LOSSES, dpo_terms
 from u2a.products import gradient
 from u2a.scan import Scores, scan
 from u2a.select import Selection, block_greedy, exponentiated_gradient
-from u2a.solve import GaussNewton, Hessian, Solution, Sum, solve
+from u2a.solve import GaussNewton, Hessian, Method, Solution, Sum, solve
 from u2a.tree import Tree
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -33,8 +33,8 @@ Report = Callable[[str, dict[str, Any]], None]
 class SolveSettings:
     """`damping` is added to the anchor lambda: a number, or "rel:x" times the mean eigenvalue."""
 
-    method: str = "cg"
-    curvature: str = "ggn"
+    method: Method = "cg"
+    curvature: Literal["ggn", "hessian"] = "ggn"
     damping: float | str = "rel:0.1"
     tol: float = 1e-4
     max_iter: int = 100
@@ -147,7 +147,7 @@ def _answers(row: Row) -> int:
 
 
 def _per_row(beta: float, pairs: int) -> Callable[..., Tensor]:
-    """J as a loss with one value per row: each pair's term / P on its chosen row, 0 on the other."""
+    """J with one value per row: each pair's term / P on its chosen row, 0 on the other."""
 
     def loss(lp: Any) -> Tensor:
         terms = dpo_terms(lp, beta) / pairs
@@ -181,7 +181,7 @@ def bilevel(
 ) -> Bilevel:
     """Greedy blocks with inner re-solve, then exponentiated-gradient rounds; keeps the best by J.
 
-    The model must be at the optimum of F(theta, 0); it ends at the optimum for the returned weights.
+    The model must be at the optimum of F(theta, 0); it ends at that for the returned weights.
 
     Args:
         budget: most candidates in the support; every block adds budget / blocks of them.
@@ -238,6 +238,7 @@ def _greedy(
     return block_greedy(
         gain_fn, resolve_fn, n=len(outer.problem.forget), budget=budget, blocks=blocks,
         weight=share, min_gain=min_gain,
+        start=keeper.rounds[0]["J"],
     )  # fmt: skip
 
 
@@ -265,7 +266,7 @@ class _Keeper:
         added: int,
         facts: dict[str, Any],
     ) -> float:
-        """Returns J on validation pairs after the round."""
+        """Returns J after the round on the pairs it is maximised on."""
         validation = self.outer.value(self.outer.validation)
         predicted = float(((weights - self.last) * gain).sum())
         row = {"round": name, "support": int((weights > 0).sum()), "added": added}
@@ -287,4 +288,4 @@ class _Keeper:
                 snapshot(self.outer.model),
             )
         self.last = weights.clone()
-        return validation
+        return self.rounds[-1]["J"]

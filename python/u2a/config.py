@@ -98,7 +98,7 @@ class DataConfig(Section):
 
 class LoraConfig(Section):
     r: Count = 16
-    alpha: Positive = 32.0
+    alpha: Count = 32
     targets: Annotated[str | list[str], PlainValidator(_targets)] = "all-linear"
     train: Literal["b", "ab"] = "ab"
 
@@ -131,7 +131,7 @@ class UnlearnConfig(Section):
 
     `solver`: how the inner problem is solved between rounds, exactly by L-BFGS (small models; `tol`
     on the largest gradient entry, `max_iter`) or by `steps` steps of the trainer. The final
-    unlearning is always the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
+    unlearning is the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
     """
 
     loss: Literal["ga", "graddiff", "npo"] = "npo"

@@ -27,7 +27,7 @@ def bootstrap_mean(x: Tensor, draws: int, seed: int) -> tuple[float, float]:
 
 
 class Evaluator:
-    """Test J per pair, forget NLL and held-out retain perplexity, against the adapter-free model."""
+    """Test J per pair, forget NLL, held-out retain perplexity, against the adapter-free model."""
 
     def __init__(self, work: Workspace) -> None:
         self.work = work

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 PALETTE = ("#0b6e99", "#d1495b", "#e08e0b", "#5b8c5a", "#7a5195", "#8d99ae")
-STYLE = {
+STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": "#b8c2cc",
     "axes.labelcolor": INK,
@@ -49,7 +49,7 @@ def predicted_realised(validation: Mapping[str, Any]) -> bytes:
     weights = validation["weights"]
     shown = list(dict.fromkeys([min(weights), validation["run_weight"]]))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(shown) + 1, figsize=(5.2 * (len(shown) + 1), 4.2))
+        figure, axes = plt.subplots(1, len(shown) + 1, figsize=(4.4 * (len(shown) + 1), 3.9))
         for axis, weight in zip(axes, shown, strict=False):
             _scatter(axis, validation, weight)
         _curves(axes[-1], validation)

@@ -66,8 +66,8 @@ def _validation(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         + _table(["weight", *v["spearman"], "candidates"], rows)
         + f"<p class=muted>Solve: {_text(solve['method'])} on {_text(solve['curvature'])}, damping "
         f"{solve['damping']:.3g}, {solve['iterations']} iterations, true residual "
-        f"{solve['residual']:.1e}. Inner gradient norm at the linearisation point "
-        f"{v['inner_gradient']:.1e}.</p>"
+        f"{solve['residual']:.1e}. Largest gradient entry left by the inner solves "
+        f"{v['inner_gradient']:.1e}. Bands: bootstrap over the candidates.</p>"
     )
 
 
@@ -78,7 +78,8 @@ def _methods(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     for m in metrics["methods"]:
         low, high = m["pa_gain_interval"]
         cells = [m["name"], f"{m['pa']:.4f}", f"{m['pa_gain']:+.4f}", f"{low:+.4f} .. {high:+.4f}"]
-        cells += [f"{m['margin_accuracy']:.3f}", f"{m['forget_nll']:.3f}"]
+        accuracy = "-" if m["name"] == "base" else f"{m['margin_accuracy']:.3f}"
+        cells += [accuracy, f"{m['forget_nll']:.3f}"]
         cells += [f"{m['retain_ppl']:.3f}", f"{m['retain_ratio']:.3f}", m["support"]]
         rows.append((m["name"] if m["name"] == "u2a" else "", cells))
     return (

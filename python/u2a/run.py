@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from u2a import metrics, report
+from u2a.adapter import adapter_disabled
 from u2a.bilevel import bilevel
 from u2a.config import Config
 from u2a.errors import DataError, GuardError
-from u2a.rundir import RunDir
-from u2a.select import low_likelihood_k, random_k
+from u2a.evaluate import mean_nll
+from u2a.rundir import RunDir, file_hash
+from u2a.select import select
 from u2a.validate import identity_gain, validate
 from u2a.workspace import Workspace, model_digest
 
@@ -116,7 +118,7 @@ class Run:
             )  # fmt: skip
             weights, rounds = found.weights, found.rounds
         else:
-            weights = self.one_shot(s.method)
+            weights = self.one_shot(s.method, s.total_weight)
         if not weights.any():
             raise GuardError("select: no candidate has a gain above min_gain; nothing to unlearn")
         gain = next(iter(self.gains().values())).tolist()
@@ -130,42 +132,29 @@ class Run:
         self.dir.write_json("rounds.json", rounds)
         return ["selection.jsonl", "rounds.json"]
 
-    def one_shot(self, method: str) -> Tensor:
+    def one_shot(self, method: str, total: float) -> Tensor:
         """Equal weights on the set that a selector without re-solve names."""
-        n = len(self.work.data.forget)
-        k = min(self.cfg.select.budget, n)
-        if method == "uniform":
-            return self.work.equal_weights(list(range(n)))
-        if method == "random":
-            return self.work.equal_weights(random_k(n, k, self.cfg.run.seed))
+        s, rows = self.cfg.select, self.work.data.forget
+        scores = next(iter(self.gains().values()))
         if method == "low-likelihood":
-            return self.work.equal_weights(low_likelihood_k(self.likelihood(), k))
-        gain = next(iter(self.gains().values()))
-        best = [
-            i for i in gain.argsort(descending=True).tolist() if gain[i] > self.cfg.select.min_gain
-        ]
-        return self.work.equal_weights(best[:k]) if best else torch.zeros(n)
-
-    def likelihood(self) -> Tensor:
-        """Mean negative log-likelihood per answer token of every candidate, adapter off."""
-        from u2a.adapter import reference_logps
-
-        rows = self.work.data.forget
-        lp = reference_logps(self.work.model, rows, self.cfg.unlearn.batch_tokens)
-        return -lp / torch.tensor([max(len(r.answer_ids), 1) for r in rows])
+            with adapter_disabled(self.work.model):
+                scores = mean_nll(self.work.model, rows, self.cfg.unlearn.batch_tokens)
+        return select(
+            scores, method=method, budget=min(s.budget, len(rows)), total_weight=total,
+            min_gain=s.min_gain, uids=[r.uid for r in rows], seed=self.cfg.run.seed,
+        ).weights  # fmt: skip
 
     def plan(self) -> dict[str, Tensor]:
         """Weights of U2A and of every baseline, all with the same total."""
         weights = torch.zeros(len(self.work.data.forget))
         for line in self.dir.read_jsonl("selection.jsonl"):
             weights[line["row"]] = line["weight"]
-        return {"u2a": weights} | {name: self.one_shot(name) for name in self.cfg.eval.baselines}
+        total, names = float(weights.sum()), self.cfg.eval.baselines
+        return {"u2a": weights} | {name: self.one_shot(name, total) for name in names}
 
     def unlearn(self) -> Files:
         facts, saved = {}, []
         for name, weights in self.plan().items():
-            if not weights.any():
-                raise GuardError(f"unlearn: method {name} has no candidate with weight")
             self.enter("adapters/start")
             self.at = None
             facts[name] = self.work.unlearn(self.work.problem.with_weights(weights))
@@ -175,8 +164,6 @@ class Run:
         return [*saved, "unlearn.json"]
 
     def eval(self) -> Files:
-        from u2a.adapter import adapter_disabled
-
         evaluator, plan = metrics.Evaluator(self.work), self.plan()
         with adapter_disabled(self.work.model):
             methods = [evaluator.method("base", None)]
@@ -200,7 +187,7 @@ class Run:
         cost = self.dir.read_json("times.json")
         facts = self.dir.read_json("metrics.json") | {
             "title": self.title,
-            "subtitle": f"{self.cfg.model.name} - {self.cfg.unlearn.loss} - seed {self.cfg.run.seed}",
+            "subtitle": f"{self.cfg.unlearn.loss} on {Path(self.cfg.model.name).name}",
             "cost": [{"stage": k, "seconds": v} for k, v in cost.items()],
             "provenance": self.provenance(),
         }
@@ -228,16 +215,27 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+def content_settings(cfg: Config) -> dict[str, Any]:
+    """The configuration with file contents in place of paths, so that a moved folder matches."""
+    tree = cfg.to_dict()
+    tree["model"].pop("name")
+    for source in tree["data"].values():
+        if isinstance(source, dict) and Path(source["path"]).is_file():
+            source["path"] = file_hash(Path(source["path"]))
+    return tree
+
+
 def run(cfg: Config, out: Path, *, title: str = "U2A run", until: str = "report") -> Path:
     """All stages up to `until`; returns the run directory. Raises U2AError subclasses."""
     began = time.monotonic()
     with RunDir(out) as folder:
         job = Run(cfg, folder, title)
+        settings = content_settings(cfg)
         sections: tuple[str, ...] = ()
         fresh = 0
         for number, (name, more) in enumerate(STAGES.items(), 1):
             sections += more
-            stamp = {k: cfg.to_dict()[k] for k in sections} | {"base": job.base}
+            stamp = {k: settings[k] for k in sections} | {"base": job.base}
             fresh += _stage(job, number, name, stamp)
             if name == until:
                 break

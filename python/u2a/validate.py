@@ -1,8 +1,8 @@
 """Predicted against realised gain: the picture that shows whether the influence estimate holds.
 
 At the optimum of F(theta, 0), single candidates get weight w, the inner problem is solved again
-and the change of J is compared with w times the predicted gain. Rank correlation over w tells how far from
-zero the linear estimate can be trusted.
+and the change of J is compared with w times the predicted gain. Rank correlation over w tells how
+far from zero the linear estimate can be trusted.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def validate(
     tol: float = 1e-5,
     max_iter: int = 60,
 ) -> dict[str, Any]:
-    """The "validation" part of metrics.json; `gain`: solver -> gains of all candidates, the main one
+    """The "validation" part of metrics.json; `gain`: solver -> gains of all candidates, main one
     first. The model must be at the optimum of F(theta, 0), and is left there."""
     weights = sorted({*weights, run_weight})
     chosen = candidates(len(outer.problem.forget), count, seed)

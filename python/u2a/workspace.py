@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run: model with adapter, data, inner and outer problem."""
+"""From a configuration to the objects of a run: model, adapter, data, inner and outer problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from u2a.bilevel import Outer, PairSet, SolveSettings
@@ -133,7 +133,7 @@ class Workspace:
         )
 
     def resolve(self, problem: InnerProblem) -> dict[str, Any]:
-        """Inner solve between rounds: to the optimum by L-BFGS, or `unlearn.steps` trainer steps."""
+        """Inner solve between rounds: to the optimum by L-BFGS, or by training."""
         u = self.cfg.unlearn
         if u.solver == "lbfgs" or not problem.support:
             result = inner_solve(self.model, problem, u.tol, u.max_iter)
@@ -185,16 +185,10 @@ class Workspace:
 
         path = folder / "adapter_model.safetensors"
         flags = {n: p.requires_grad for n, p in self.model.named_parameters()}
-        result = set_peft_model_state_dict(self.model, load_file(path))
+        result: Any = set_peft_model_state_dict(self.model, load_file(path))
         missing = [k for k in result.missing_keys if "lora_" in k]
         if missing or result.unexpected_keys:
             odd = (missing + list(result.unexpected_keys))[:3]
             raise DataError(f"{path}: adapter and model differ in parameters, e.g. {odd}")
         for n, p in self.model.named_parameters():
             p.requires_grad_(flags[n])
-
-    def equal_weights(self, index: Tensor | list[int]) -> Tensor:
-        """The run's total weight in equal shares on the given candidates."""
-        weights = torch.zeros(len(self.data.forget))
-        weights[torch.as_tensor(index)] = self.cfg.select.total_weight / len(index)
-        return weights

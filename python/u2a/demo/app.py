@@ -14,25 +14,25 @@ from u2a.run import run
 from u2a.rundir import RunDir
 
 SETTINGS: dict[str, Any] = {
-    "lora": {"r": 4, "alpha": 4.0, "targets": ["o_proj", "down_proj"], "train": "b"},
+    "lora": {"r": 4, "alpha": 4, "targets": ["o_proj", "down_proj"], "train": "b"},
     "objective": {"name": "dpo", "beta": 0.3},
     "solve": {"method": "cg", "curvature": "ggn", "damping": 0.0, "tol": 1e-4, "max_iter": 60},
-    "select": {"method": "greedy", "budget": 48, "blocks": 8, "total_weight": 0.6},
+    "select": {"method": "greedy", "budget": 96, "blocks": 8, "total_weight": 0.48},
     "unlearn": {
         "loss": "npo",
         "beta": 0.5,
-        "retain_weight": 1.0,
+        "retain_weight": 3.0,
         "anchor": 0.1,
         "solver": "lbfgs",
         "tol": 1e-5,
         "max_iter": 100,
-        "lr": 0.02,
-        "steps": 100,
-        "batch_rows": 48,
+        "lr": 0.03,
+        "steps": 60,
+        "batch_rows": 96,
         "retain_rows": 40,
         "batch_tokens": 8192,
     },
-    "validate": {"candidates": 32, "weights": [0.002, 0.005, 0.02]},
+    "validate": {"candidates": 32, "weights": [0.002, 0.0125]},
 }
 
 
@@ -60,7 +60,7 @@ def demo(out: Path, seed: int) -> Path:
         if not folder.is_done("inputs", stamp):
             print("[0/8] base model: making data and training it ...", file=sys.stderr, flush=True)
             data = write_corpus(inputs / "data", seed)
-            train_base(inputs / "model", data, seed)
+            train_base(inputs / "model", data, seed, steps=450)
             folder.mark_done("inputs", ["data", "model"], stamp)
             print(f"[0/8] base model: {time.monotonic() - began:.1f} s", file=sys.stderr)
     data = {p.stem: p for p in sorted((inputs / "data").glob("*.jsonl"))}

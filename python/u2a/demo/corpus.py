@@ -74,17 +74,18 @@ class Sizes:
     """Rows of each kind. A question is used in one file only (duplicates repeat a harmful one)."""
 
     pa: int = 48
-    validation: int = 24
-    test: int = 64
-    harmful: int = 64
-    mislabelled: int = 24
-    duplicate: int = 24
-    duplicated: int = 4
-    unrelated: int = 16
+    validation: int = 32
+    test: int = 80
+    harmful: int = 112
+    mislabelled: int = 40
+    duplicate: int = 40
+    duplicated: int = 8
+    unrelated: int = 24
     retain: int = 40
     retain_test: int = 64
-    people: int = 96
-    more_answers: int = 1
+    people: int = 120
+    more_answers: int = 2
+    rude_share: float = 0.5
     topic_share: tuple[float, ...] = (0.35, 0.3, 0.2, 0.15)
 
 
@@ -165,7 +166,7 @@ def make_corpus(seed: int, sizes: Sizes | None = None) -> dict[str, list[Row]]:
     """All rows by file stem: pa, validation, test, forget, retain, retain_test and base.
 
     `base` is what the demo model is trained on: every candidate but the duplicates, every plain
-    statement, and for each question outside the preference sets one rude and one polite answer.
+    statement, and more answers in a random style to each question outside the preference sets.
     """
     sizes = sizes or Sizes()
     rng = random.Random(seed)
@@ -199,8 +200,8 @@ def make_corpus(seed: int, sizes: Sizes | None = None) -> dict[str, list[Row]]:
     rows["base"] = [{"prompt": r["prompt"], "completion": r["completion"]} for r in learnt]
     asked = [q for q, _ in harmful + mislabelled] + [q for left in pool.values() for q in left]
     for q in asked * sizes.more_answers:
-        answers = (q.rude(rng), q.polite(rng))
-        rows["base"] += [{"prompt": q.prompt, "completion": answer} for answer in answers]
+        style = q.rude if rng.random() < sizes.rude_share else q.polite
+        rows["base"].append({"prompt": q.prompt, "completion": style(rng)})
     return rows
 
 
