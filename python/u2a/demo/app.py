@@ -7,11 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from u2a.config import Config, make_config
 from u2a.demo.base_model import train_base
 from u2a.demo.corpus import write_corpus
 from u2a.run import run
 from u2a.rundir import RunDir
+
+THREADS = 2  # sums of floats, and with them the trained model, depend on the number of threads
 
 SETTINGS: dict[str, Any] = {
     "lora": {"r": 4, "alpha": 4, "targets": ["o_proj", "down_proj"], "train": "b"},
@@ -45,7 +49,7 @@ def demo_config(data: dict[str, Path], model: Path, seed: int) -> Config:
         "model": {"name": str(model), "dtype": "float32"},
         "data": {**files, "template": "plain", "max_tokens": 64},
         **SETTINGS,
-        "run": {"seed": seed, "threads": 2},
+        "run": {"seed": seed, "threads": THREADS},
     }
     return make_config(tree, source="demo")
 
@@ -59,6 +63,7 @@ def demo(out: Path, seed: int) -> Path:
         stamp = {"seed": seed, "demo": 1}
         if not folder.is_done("inputs", stamp):
             print("[0/8] base model: making data and training it ...", file=sys.stderr, flush=True)
+            torch.set_num_threads(THREADS)
             data = write_corpus(inputs / "data", seed)
             train_base(inputs / "model", data, seed, steps=450)
             folder.mark_done("inputs", ["data", "model"], stamp)
