@@ -31,11 +31,9 @@ def require_fused() -> bool:
 
 def _guarded(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """U2A_REQUIRE_FUSED=1 turns the use of the reference on CUDA into an error."""
-    if not require_fused():
-        return reference
 
     def guard(*args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+        if require_fused() and any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
             raise RuntimeError(
                 f"{name}: no fused CUDA kernel serves this call (U2A_REQUIRE_FUSED=1)"
             )

@@ -6,6 +6,7 @@ Expected failures print their message on stderr and exit with their own code, wi
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,5 +99,11 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")
         print(json.dumps(found, indent=1) if as_json else facts.table(found))
 
 
+def _terminated(*_: object) -> None:
+    print("u2a: terminated; the same command continues", file=sys.stderr)
+    raise SystemExit(75)
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, _terminated)
     app(prog_name="u2a")

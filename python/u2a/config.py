@@ -174,9 +174,8 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    """`every`: seconds between plain progress lines when the output is not a terminal."""
+    """`report_to` goes to the trainer; nothing is reported by default."""
 
-    every: Positive = 10.0
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
 

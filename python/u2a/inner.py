@@ -1,6 +1,6 @@
 """The inner problem of bi-level unlearning and its exact solution by L-BFGS.
 
-F(theta, w) = sum_i w_i l_i(theta) + mu R(theta) + lambda/2 ||theta - theta_0||^2   (methods.md 1.3)
+F(theta, w) = sum_i w_i l_i(theta) + mu R(theta) + lambda/2 ||theta - theta_0||^2
 R is the pooled retain NLL, sum NLL / sum tokens (the log of the retain perplexity); theta runs over
 the trainable parameters. `U2ATrainer` and `inner_solve` minimise this one object.
 """

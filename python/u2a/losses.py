@@ -67,13 +67,13 @@ def _simnpo(lp: AnswerLogps, beta: float) -> Tensor:
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
-        Loss("ga", "lp / |y|", "methods 6, GradAscent", _ga, (-10, 0, 5, 0, -2, 0.2)),
-        Loss("ga_sum", "lp", "methods 6, GradAscent on sums", _ga_sum, (-10, 0, 5, 0, -10, 1)),
+        Loss("ga", "lp / |y|", "GradAscent, TOFU, arXiv 2401.06121", _ga, (-10, 0, 5, 0, -2, 0.2)),
+        Loss("ga_sum", "lp", "GradAscent on sums", _ga_sum, (-10, 0, 5, 0, -10, 1)),
         Loss("nll", "-lp / |y|", "supervised fine-tuning", _nll, (-10, 0, 5, 0, 2, -0.2)),
         Loss(
             "graddiff",
             "lp / |y|, and the retain NLL at weight 1",
-            "methods 6, GradDiff",
+            "GradDiff, TOFU, arXiv 2401.06121",
             _ga,
             (-10, 0, 5, 0, -2, 0.2),
             retain_weight=1.0,
@@ -81,7 +81,7 @@ LOSSES: dict[str, Loss] = {
         Loss(
             "npo",
             "2/beta softplus(beta (lp - lp_ref))",
-            "NPO, arXiv 2404.05868; methods 6",
+            "NPO, arXiv 2404.05868",
             _npo,
             (-10, -8, 5, 0.1, 11.9627773876, 0.9003320),
             beta=0.1,
@@ -91,7 +91,7 @@ LOSSES: dict[str, Loss] = {
         Loss(
             "simnpo",
             "2/beta softplus(beta lp / |y|)",
-            "SimNPO with margin 0, arXiv 2410.07163; methods 6",
+            "SimNPO with margin 0, arXiv 2410.07163",
             _simnpo,
             (-30, 0, 20, 4.5, 0.0005200865, 0.1 / (1 + math.exp(6.75))),
             beta=4.5,
@@ -132,7 +132,7 @@ def dpo_terms(lp: AnswerLogps, beta: float = 0.3) -> Tensor:
 
 
 def dpo_objective(lp: AnswerLogps, beta: float = 0.3) -> Tensor:
-    """J = mean log sigmoid(beta margin), a scalar; higher is better (methods 1.3 a, minus L_DPO).
+    """J = mean log sigmoid(beta margin), a scalar, higher is better: minus the DPO loss.
 
     A mean over this batch: for J over several batches sum `dpo_terms` and divide by all pairs.
     """

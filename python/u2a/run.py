@@ -3,205 +3,17 @@ continues where the last one stopped."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from u2a import metrics, report
-from u2a.adapter import adapter_disabled
-from u2a.bilevel import bilevel
 from u2a.config import Config
 from u2a.errors import DataError, GuardError
-from u2a.evaluate import mean_nll
 from u2a.rundir import RunDir, file_hash
-from u2a.select import select
-from u2a.validate import identity_gain, validate
-from u2a.workspace import Workspace, model_digest
-
-Files = list[str]
-SCORES = "scores/part-00000.parquet"
-
-
-class Run:
-    """One run directory and the stages that fill it."""
-
-    def __init__(self, cfg: Config, folder: RunDir, title: str) -> None:
-        self.cfg, self.dir, self.title = cfg, folder, title
-        self.work = Workspace(cfg, folder.path, lambda kind, facts: folder.event(kind, **facts))
-        self.base = model_digest(cfg.model.name, cfg.model.revision)
-        self.at: str | None = None
-
-    def enter(self, adapter: str) -> None:
-        """Puts the named saved adapter into the model unless it is there already."""
-        if self.at != adapter:
-            self.work.load_adapter(self.dir.file(adapter))
-            self.at = adapter
-
-    def save(self, adapter: str) -> str:
-        with self.dir.atomic_dir(adapter) as temp:
-            self.work.save_adapter(temp)
-        self.at = adapter
-        return adapter
-
-    def prep(self) -> Files:
-        data = self.work.data
-        self.dir.write_jsonl("dropped.jsonl", [vars(d) for d in data.dropped])
-        self.dir.write_json("prep.json", data.stats)
-        return ["dropped.jsonl", "prep.json"]
-
-    def start(self) -> Files:
-        """The optimum without any candidate: where the influence estimate is linearised."""
-        facts = self.work.resolve(self.work.problem)
-        self.dir.event("start", **facts)
-        self.dir.write_json("start.json", facts)
-        return [self.save("adapters/start"), "start.json"]
-
-    def scan(self) -> Files:
-        self.enter("adapters/start")
-        outer = self.work.outer
-        outer.progress = True
-        scores, solution = outer.gains(torch.zeros(len(outer.problem.forget)))
-        outer.progress = False
-        plain = identity_gain(outer, scores.gain)
-        bad = (~scores.finite).nonzero().flatten().tolist()
-        if bad:
-            uids = ", ".join(scores.uid[i] for i in bad[:3])
-            raise GuardError(f"scan: {len(bad)} candidates have a non-finite gain: uid {uids}")
-        columns = {"uid": scores.uid, "gain": scores.gain.tolist(), "identity": plain.tolist()}
-        self.dir.write_parquet(SCORES, columns | {"finite": scores.finite.tolist()})
-        facts = {k: v for k, v in vars(solution).items() if k != "x"}
-        settings = {"method": outer.settings.method, "curvature": outer.settings.curvature}
-        self.dir.write_json("solve.json", settings | facts)
-        return [SCORES, "solve.json"]
-
-    def gains(self) -> dict[str, Tensor]:
-        table = self.dir.read_parquet(SCORES)
-        solve = self.dir.read_json("solve.json")
-        name = solve["curvature"] if solve["method"] == "cg" else solve["method"]
-        found = {name: torch.tensor(table["gain"])}
-        if solve["method"] != "identity":
-            found["identity"] = torch.tensor(table["identity"])
-        return found
-
-    def validate(self) -> Files:
-        v, s = self.cfg.validation, self.cfg.select
-        found = None
-        if v.candidates:
-            self.enter("adapters/start")
-            outer = self.work.outer
-            outer.progress = True
-            count = min(s.budget, len(self.work.data.forget))
-            found = validate(
-                outer, self.gains(), count=v.candidates, weights=v.weights,
-                run_weight=s.total_weight / count, seed=self.cfg.run.seed,
-                tol=self.cfg.unlearn.tol, max_iter=self.cfg.unlearn.max_iter,
-            )  # fmt: skip
-            outer.progress = False
-        self.dir.write_json("validation.json", found)
-        return ["validation.json"]
-
-    def select(self) -> Files:
-        self.enter("adapters/start")
-        s, n = self.cfg.select, len(self.work.data.forget)
-        rounds: list[dict[str, Any]] = []
-        if s.method == "greedy":
-            self.at = None
-            found = bilevel(
-                self.work.outer, budget=min(s.budget, n), blocks=s.blocks,
-                total_weight=s.total_weight, min_gain=s.min_gain,
-                mirror_steps=s.mirror_steps, eta=s.eta,
-            )  # fmt: skip
-            weights, rounds = found.weights, found.rounds
-        else:
-            weights = self.one_shot(s.method, s.total_weight)
-        if not weights.any():
-            raise GuardError("select: no candidate has a gain above min_gain; nothing to unlearn")
-        gain = next(iter(self.gains().values())).tolist()
-        order = sorted(weights.nonzero().flatten().tolist(), key=lambda i: -weights[i].item())
-        rows = self.work.data.forget
-        lines = [
-            {"uid": rows[i].uid, "weight": weights[i].item(), "gain": gain[i], "rank": k, "row": i}
-            for k, i in enumerate(order)
-        ]
-        self.dir.write_jsonl("selection.jsonl", lines)
-        self.dir.write_json("rounds.json", rounds)
-        return ["selection.jsonl", "rounds.json"]
-
-    def one_shot(self, method: str, total: float) -> Tensor:
-        """Equal weights on the set that a selector without re-solve names."""
-        s, rows = self.cfg.select, self.work.data.forget
-        scores = next(iter(self.gains().values()))
-        if method == "low-likelihood":
-            with adapter_disabled(self.work.model):
-                scores = mean_nll(self.work.model, rows, self.cfg.unlearn.batch_tokens)
-        return select(
-            scores, method=method, budget=min(s.budget, len(rows)), total_weight=total,
-            min_gain=s.min_gain, uids=[r.uid for r in rows], seed=self.cfg.run.seed,
-        ).weights  # fmt: skip
-
-    def plan(self) -> dict[str, Tensor]:
-        """Weights of U2A and of every baseline, all with the same total."""
-        weights = torch.zeros(len(self.work.data.forget))
-        for line in self.dir.read_jsonl("selection.jsonl"):
-            weights[line["row"]] = line["weight"]
-        total, names = float(weights.sum()), self.cfg.eval.baselines
-        return {"u2a": weights} | {name: self.one_shot(name, total) for name in names}
-
-    def unlearn(self) -> Files:
-        facts, saved = {}, []
-        for name, weights in self.plan().items():
-            self.enter("adapters/start")
-            self.at = None
-            facts[name] = self.work.unlearn(self.work.problem.with_weights(weights))
-            saved.append(self.save("adapter" if name == "u2a" else f"adapters/{name}"))
-            print(f"  {name}: {facts[name]['steps']} steps {facts[name]['guard']}", file=sys.stderr)
-        self.dir.write_json("unlearn.json", facts)
-        return [*saved, "unlearn.json"]
-
-    def eval(self) -> Files:
-        evaluator, plan = metrics.Evaluator(self.work), self.plan()
-        with adapter_disabled(self.work.model):
-            methods = [evaluator.method("base", None)]
-        for name in ["start", *plan]:
-            self.enter("adapter" if name == "u2a" else f"adapters/{name}")
-            methods.append(evaluator.method(name, plan.get(name)))
-        found = {
-            "methods": methods,
-            "class_weight": metrics.class_shares(self.work.data.forget, plan),
-            "verdict": metrics.verdict(methods),
-            "validation": self.dir.read_json("validation.json"),
-            "solve": self.dir.read_json("solve.json"),
-            "rounds": self.dir.read_json("rounds.json"),
-            "unlearn": self.dir.read_json("unlearn.json"),
-            "data": self.dir.read_json("prep.json"),
-        }
-        self.dir.write_json("metrics.json", found)
-        return ["metrics.json"]
-
-    def report(self) -> Files:
-        cost = self.dir.read_json("times.json")
-        facts = self.dir.read_json("metrics.json") | {
-            "title": self.title,
-            "subtitle": f"{self.cfg.unlearn.loss} on {Path(self.cfg.model.name).name}",
-            "cost": [{"stage": k, "seconds": v} for k, v in cost.items()],
-            "provenance": self.provenance(),
-        }
-        pictures = report.draw(facts)
-        for name, png in pictures.items():
-            self.dir.write_atomic(f"plots/{name}.png", png)
-        self.dir.write_atomic("report.html", report.render(facts, pictures))
-        return ["report.html", "plots"]
-
-    def provenance(self) -> dict[str, Any]:
-        from u2a.env import versions
-
-        return {**versions(), "run directory": self.dir.path.name, "seed": self.cfg.run.seed}
-
+from u2a.stages import SCORES, Files, Run
 
 STAGES: dict[str, tuple[str, ...]] = {
     "prep": ("model", "data"),
@@ -228,6 +40,8 @@ def content_settings(cfg: Config) -> dict[str, Any]:
 def run(cfg: Config, out: Path, *, title: str = "U2A run", until: str = "report") -> Path:
     """All stages up to `until`; returns the run directory. Raises U2AError subclasses."""
     began = time.monotonic()
+    if cfg.run.require_fused:
+        os.environ["U2A_REQUIRE_FUSED"] = "1"
     with RunDir(out) as folder:
         job = Run(cfg, folder, title)
         settings = content_settings(cfg)
@@ -236,21 +50,32 @@ def run(cfg: Config, out: Path, *, title: str = "U2A run", until: str = "report"
         for number, (name, more) in enumerate(STAGES.items(), 1):
             sections += more
             stamp = {k: settings[k] for k in sections} | {"base": job.base}
-            fresh += _stage(job, number, name, stamp)
+            fresh += _stage(job, number, name, stamp, redo=fresh > 0)
             if name == until:
                 break
         words = "complete" if fresh else "already complete, every file verified"
         print(f"{folder.path}: {words} ({time.monotonic() - began:.0f} s)", file=sys.stderr)
+        if until == "report":
+            _raise_trip(folder)
         return folder.path
 
 
-def _stage(job: Run, number: int, name: str, stamp: dict[str, Any]) -> int:
-    if job.dir.is_done(name, stamp):
+def _raise_trip(folder: RunDir) -> None:
+    """A guard that stopped U2A's unlearning ends the run with exit 6, the report being written."""
+    trip = folder.read_json("unlearn.json")["u2a"]["guard"]
+    if trip:
+        raise GuardError(
+            f"unlearn: guard tripped at {trip}; the last good adapter was kept and the report "
+            f"written: {folder.file('report.html')}"
+        )
+
+
+def _stage(job: Run, number: int, name: str, stamp: dict[str, Any], redo: bool) -> int:
+    """1 when the stage ran. `redo`: a stage before it ran, so what is there may be out of date."""
+    if not redo and job.dir.is_done(name, stamp):
         print(f"[{number}/{len(STAGES)}] {name}: done before", file=sys.stderr)
         return 0
     print(f"[{number}/{len(STAGES)}] {name} ...", file=sys.stderr, flush=True)
-    if number == 1:
-        job.dir.write_atomic("config.resolved.yaml", job.cfg.to_yaml())
     began = time.monotonic()
     stage: Callable[[], Files] = getattr(job, name)
     files = stage()
@@ -259,8 +84,6 @@ def _stage(job: Run, number: int, name: str, stamp: dict[str, Any]) -> int:
     job.dir.write_json("times.json", times | {name: seconds})
     job.dir.mark_done(name, files, stamp)
     job.dir.event("stage", name=name, seconds=seconds)
-    if number == 1:
-        job.dir.write_manifest(seed=job.cfg.run.seed, data=job.work.data.stats)
     print(f"[{number}/{len(STAGES)}] {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     return 1
 

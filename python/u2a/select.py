@@ -1,6 +1,6 @@
 """Which candidates to unlearn and how much: selectors and weight updates on plain tensors.
 
-A gain is dJ/dw_i: larger is better, so weights grow with it (methods.md 1.2-1.4; the authors' code
+A gain is dJ/dw_i: larger is better, so weights grow with it (the U2A authors' public code
 reverses the sign of the multiplicative update, available as compat="official").
 """
 
@@ -173,7 +173,7 @@ def block_greedy(
     tolerance: float = 0.0,
 ) -> Selection:
     """Adds the best block, re-solves, scores afresh, and so on: near-duplicates lose their gain as
-    soon as one of them is in (methods.md 1.7, 1.11).
+    soon as one of them is in.
 
     Args:
         gain_fn: weights `[n]` -> gains `[n]` at the present parameters (those of the last resolve).
@@ -231,7 +231,7 @@ def select(
             counts for "random" (`budget` rows) and "uniform" (every row, whatever the budget).
         uids: names for messages.
 
-    Top-k takes near-duplicates together and can lose to uniform (methods.md 1.11): `u2a.bilevel`
+    Top-k takes near-duplicates together and can lose to uniform: `u2a.bilevel`
     re-solves between blocks. Raises ValueError for an unknown method, a budget outside [1, n],
     non-finite scores (named), or no gain above `min_gain`.
     """

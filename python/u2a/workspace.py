@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
+from u2a.adapter import snapshot
 from u2a.bilevel import Outer, PairSet, SolveSettings
 from u2a.config import Config
 from u2a.data import Prepared, prepare
@@ -99,18 +100,21 @@ class Workspace:
             for name, p in model.named_parameters():
                 p.requires_grad_(p.requires_grad and "lora_B" in name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.to(device).eval()
+        model = model.to(device).eval()
+        self.fresh = snapshot(model)
+        return model
 
     @cached_property
     def problem(self) -> InnerProblem:
-        """The inner problem with all weights 0; theta_0 is the fresh adapter."""
-        u, n = self.cfg.unlearn, len(self.data.forget)
+        """The inner problem, all weights 0; theta_0 is the fresh adapter, whatever is loaded."""
+        u, n, model = self.cfg.unlearn, len(self.data.forget), self.model
         loss = get_loss(u.loss, u.beta)
         return InnerProblem.build(
-            self.model,
+            model,
             self.data.forget,
             torch.zeros(n),
             loss,
+            start=self.fresh,
             retain=self.data.retain,
             retain_weight=u.retain_weight,
             anchor=u.anchor,

@@ -1,0 +1,123 @@
+"""A whole run on a tiny model: every stage, continuing, refusing what changed, exit codes."""
+
+import json
+
+import pytest
+import torch
+
+from u2a import run as stages
+from u2a.config import make_config
+from u2a.demo.base_model import train_base
+from u2a.demo.corpus import Sizes, write_corpus
+from u2a.errors import CorruptError, GuardError, MismatchError
+
+SIZES = Sizes(
+    pa=8, validation=6, test=8, harmful=10, mislabelled=4, duplicate=4, duplicated=2, unrelated=4,
+    retain=8, retain_test=8, people=28,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("inputs")
+    data = write_corpus(out / "data", 0, SIZES)
+    train_base(out / "model", data, 0, steps=30)
+    return out
+
+
+def settings(inputs, **changes):
+    sets = ("forget", "pa", "validation", "test", "retain", "retain_test")
+    tree = {
+        "schema": 1,
+        "model": {"name": str(inputs / "model")},
+        "data": {n: {"path": str(inputs / "data" / f"{n}.jsonl")} for n in sets},
+        "lora": {"r": 2, "alpha": 2, "targets": ["o_proj"], "train": "b"},
+        "solve": {"damping": 0.0},
+        "select": {"budget": 6, "blocks": 2, "total_weight": 0.2, "mirror_steps": 1},
+        "unlearn": {
+            "loss": "npo", "beta": 0.5, "anchor": 0.1, "solver": "lbfgs", "lr": 0.03, "steps": 6,
+        },
+        "validate": {"candidates": 4, "weights": [0.01]},
+        "eval": {"bootstrap": 100},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree[section] = {**tree.get(section, {}), name: value}
+    return make_config(tree)
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    return stages.run(settings(inputs), tmp_path_factory.mktemp("run") / "x")
+
+
+def test_a_run_leaves_what_it_promises(finished, inputs):
+    found = json.loads((finished / "metrics.json").read_text())
+    names = [m["name"] for m in found["methods"]]
+    assert names == ["base", "start", "u2a", "uniform", "random", "low-likelihood"]
+    totals = [m["total_weight"] for m in found["methods"][2:]]
+    assert all(t == pytest.approx(totals[0], rel=1e-5) for t in totals) and totals[0] > 0
+    lines = [json.loads(line) for line in (finished / "selection.jsonl").read_text().splitlines()]
+    assert sum(x["weight"] for x in lines) == pytest.approx(totals[0], rel=1e-5)
+    assert [x["rank"] for x in lines] == list(range(len(lines)))
+    assert set(found["class_weight"]) == {"pool", "u2a", "uniform", "random", "low-likelihood"}
+    assert len(found["validation"]["points"]) == 4 * len(found["validation"]["weights"])
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "<script" not in page
+    assert (finished / "adapter" / "adapter_model.safetensors").exists()
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["seed"] == 0 and manifest["data"]["forget"]["rows"] == 22
+
+
+def test_the_unlearned_adapter_differs_from_the_start_and_loads_with_peft(finished, inputs):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    logits = []
+    for name in ("adapters/start", "adapter"):
+        base = AutoModelForCausalLM.from_pretrained(inputs / "model")
+        model = PeftModel.from_pretrained(base, finished / name)
+        logits.append(model(torch.arange(8)[None]).logits)
+    assert not torch.allclose(logits[0], logits[1])
+
+
+def test_the_same_command_again_is_complete(finished, inputs, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.glob("*.done")}
+    stages.run(settings(inputs), finished)
+    assert "already complete, every file verified" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in finished.glob("*.done")}
+
+
+def test_an_interrupted_run_continues_to_the_same_result(finished, inputs, capsys):
+    selection = (finished / "selection.jsonl").read_bytes()
+    (finished / "select.done").unlink()
+    stages.run(settings(inputs), finished)
+    said = capsys.readouterr().err
+    assert "scan: done before" in said and "unlearn ..." in said
+    assert (finished / "selection.jsonl").read_bytes() == selection
+
+
+def test_other_settings_and_changed_files_are_refused(finished, inputs):
+    with pytest.raises(MismatchError, match=r"select\.budget: was 6, now 5"):
+        stages.run(settings(inputs, select__budget=5), finished)
+    path = finished / "metrics.json"
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"u2a", b"u2b", 1))
+    with pytest.raises(CorruptError, match=r"metrics\.json"):
+        stages.run(settings(inputs), finished)
+    path.write_bytes(good)
+
+
+def test_a_tripped_guard_ends_with_exit_6_after_the_report(inputs, tmp_path):
+    tight = settings(
+        inputs, guard__max_kl=0.02, unlearn__lr=0.3, validate__candidates=0, eval__baselines=[]
+    )
+    with pytest.raises(GuardError, match="guard tripped at step"):
+        stages.run(tight, tmp_path / "x")
+    assert (tmp_path / "x" / "report.html").exists()
+
+
+def test_scan_only_stops_at_the_scores(inputs, tmp_path, capsys):
+    out = stages.scan_only(settings(inputs), tmp_path / "x")
+    assert not (out / "selection.jsonl").exists()
+    assert f"{26 - 4} scores in" in capsys.readouterr().out
