@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from u2a import config as config_module
 from u2a import strict_yaml
 from u2a.config import Config, load_config, make_config
 from u2a.errors import ConfigError
@@ -187,3 +190,21 @@ def test_scalars_are_yaml_1_2(text, value):
 def test_yaml_faults_name_the_line(text, fault):
     _, found = strict_yaml.parse(text)
     assert len(found) >= 1 and found[0].startswith(fault), found
+
+
+def test_every_field_is_read_somewhere():
+    folder = Path(config_module.__file__).parent
+    sources = [p.read_text() for p in folder.glob("*.py") if not p.name.startswith("config")]
+    text = "\n".join(sources)
+
+    def leaves(model, path=()):
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            inner = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
+            section = next((k for k in inner if issubclass(k, config_module.Section)), None)
+            yield from leaves(section, (*path, name)) if section else [(*path, name)]
+
+    found = {
+        ".".join(p) for p in leaves(config_module.Config) if not re.search(rf"\.{p[-1]}\b", text)
+    }
+    assert found == {"schema_version"}

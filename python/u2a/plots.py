@@ -40,7 +40,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    return {n: PALETTE[i % len(PALETTE)] for i, n in enumerate(sorted(names))}
+    return {n: PALETTE[i % len(PALETTE)] for i, n in enumerate(sorted(set(names)))}
 
 
 def predicted_realised(validation: Mapping[str, Any]) -> bytes:
@@ -95,6 +95,8 @@ def _curves(axis: Any, validation: Mapping[str, Any]) -> None:
         )
     axis.axvline(validation["run_weight"], color=MUTED, lw=1, ls=":")
     axis.set_xscale("log")
+    axis.set_xticks(x, [f"{w:g}" for w in x])
+    axis.set_xticks([], minor=True)
     axis.set_ylim(top=1.02)
     axis.set_title("rank correlation over the weight")
     axis.set_xlabel("weight on the example (dotted: the run's)")
@@ -106,7 +108,7 @@ def trade_off(methods: Sequence[Mapping[str, Any]]) -> bytes:
     """Test PA gain against the retain perplexity ratio, one point per method."""
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(6.4, 4.2))
-        for m in methods:
+        for m in (m for m in methods if m["name"] != "start"):
             mine = m["name"] == "u2a"
             x, y, (low, high) = m["retain_ratio"], m["pa_gain"], m["pa_gain_interval"]
             colour = PALETTE[1] if mine else PALETTE[0]
