@@ -146,9 +146,9 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         "<h2>Preference alignment, forgetting, utility</h2>",
         _methods(metrics, pictures),
         _classes(metrics, pictures),
-        _rounds(metrics),
         "<h2>Cost</h2>",
         _picture(pictures["cost"], "seconds per stage"),
+        _rounds(metrics),
         _facts("Data", metrics["data"]),
         _facts("Provenance", metrics["provenance"]),
     ]
