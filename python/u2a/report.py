@@ -110,6 +110,13 @@ def _rounds(metrics: Mapping[str, Any]) -> str:
     return "<h2>Rounds of the outer loop</h2>" + _table(keys, rows)
 
 
+def _data(stats: Mapping[str, Mapping[str, Any]]) -> str:
+    keys = ["rows", "tokens", "answer_tokens", "duplicates", "truncated", "dropped"]
+    head = ["set", "schema", *(k.replace("_", " ") for k in keys)]
+    rows = [("", [name, s["schema"], *(s[k] for k in keys)]) for name, s in stats.items()]
+    return "<h2>Data</h2>" + _table(head, rows)
+
+
 def _facts(title: str, facts: Mapping[str, Any]) -> str:
     if not facts:
         return ""
@@ -149,7 +156,7 @@ def render(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         "<h2>Cost</h2>",
         _picture(pictures["cost"], "seconds per stage"),
         _rounds(metrics),
-        _facts("Data", metrics["data"]),
+        _data(metrics["data"]),
         _facts("Provenance", metrics["provenance"]),
     ]
     return (

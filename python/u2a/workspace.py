@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from u2a.adapter import snapshot
 from u2a.bilevel import Outer, PairSet, SolveSettings
@@ -33,6 +35,13 @@ def model_digest(name: str, revision: str | None) -> str:
     return ",".join(f"{f.name}:{file_hash(f)}" for f in files)
 
 
+def quiet() -> None:
+    """One line a stage is enough: no bars for loading a file, no warnings meant for developers."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 class _Events(TrainerCallback):
     """Passes the trainer's log lines on to the run's events."""
 
@@ -51,6 +60,7 @@ class Workspace:
         self, cfg: Config, folder: Path, report: Callable[..., None] | None = None
     ) -> None:
         self.cfg, self.folder, self.report = cfg, folder, report
+        quiet()
         if cfg.run.threads:
             torch.set_num_threads(cfg.run.threads)
         torch.use_deterministic_algorithms(cfg.run.deterministic, warn_only=True)

@@ -14,6 +14,7 @@ from u2a.demo.base_model import train_base
 from u2a.demo.corpus import write_corpus
 from u2a.run import run
 from u2a.rundir import RunDir
+from u2a.workspace import quiet
 
 THREADS = 2  # sums of floats, and with them the trained model, depend on the number of threads
 
@@ -64,6 +65,7 @@ def demo(out: Path, seed: int) -> Path:
         if not folder.is_done("inputs", stamp):
             print("[0/8] base model: making data and training it ...", file=sys.stderr, flush=True)
             torch.set_num_threads(THREADS)
+            quiet()
             data = write_corpus(inputs / "data", seed)
             train_base(inputs / "model", data, seed, steps=450)
             folder.mark_done("inputs", ["data", "model"], stamp)
