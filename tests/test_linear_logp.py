@@ -59,6 +59,16 @@ def test_reference_makes_no_full_logits():
     assert 0 < largest.elements <= op.CHUNK_ELEMENTS < n * v
 
 
+def test_triton_gradients_hold_an_eighth_of_the_logits():
+    n, d, v = 24, 3, 160
+    args = problem(n, d, v)
+    plain = (args["h"], args["weight"], args["targets"], args["bias"])
+    with Largest() as largest:
+        _, lse, _ = kernels.forward(*plain, 5.0, 0.5, True)
+        kernels.backward(torch.ones(n), *plain, lse, 5.0, 0.5)
+    assert largest.elements == n * v // 8
+
+
 RSS = """
 import sys, torch
 import torch.nn.functional as F

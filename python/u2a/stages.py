@@ -119,7 +119,10 @@ class Run:
         else:
             weights = self.one_shot(s.method, s.total_weight)
         if not weights.any():
-            raise GuardError("select: no candidate has a gain above min_gain; nothing to unlearn")
+            raise GuardError(
+                "select: nothing to unlearn: no candidate has a gain above min_gain, or no round "
+                "raised J on the validation pairs (rounds in events.jsonl)"
+            )
         gain = next(iter(self.gains().values())).tolist()
         order = sorted(weights.nonzero().flatten().tolist(), key=lambda i: -weights[i].item())
         rows = self.work.data.forget

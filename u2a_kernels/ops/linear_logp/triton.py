@@ -1,5 +1,5 @@
 """linear_logp on a GPU. Scoring is one fused kernel over row blocks x vocabulary splits, the logits
-in registers. For gradients cuBLAS makes logits in a scratch of about 2^27 fp32 numbers, one kernel
+in registers. For gradients cuBLAS makes an eighth of the logits (2^27 at most) in scratch, one kernel
 turns them into dlogp/dz, cuBLAS multiplies on: at d = 4096 the scratch's traffic is estimated at a
 tenth of the GEMM time (not measured); a tile kernel would have to hold or re-make [rows, d] sums.
 Every sum has a fixed order, without atomics.
@@ -167,6 +167,11 @@ def config(n: int, v: int, d: int, itemsize: int) -> dict[str, int]:
     return dict(BN=bn, BV=bv, BD=bd, splits=splits, v_per_split=per * bv, num_warps=warps)
 
 
+def _share(length: int, other: int) -> int:
+    """How much of one side of [N, V] is in scratch at once: an eighth of it at most."""
+    return max(1, min(SCRATCH_ELEMENTS // other, triton.cdiv(length, 8)))
+
+
 def _mm32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with an fp32 result; on a GPU without fp32 copies of half-precision operands."""
     if a.dtype != torch.float32 and a.is_cuda:
@@ -198,7 +203,7 @@ def forward(
     if n == 0:
         return logp, lse, unit
     if grad_h:
-        size = max(1, SCRATCH_ELEMENTS // v)
+        size = _share(n, v)
         for r in (slice(s, s + size) for s in range(0, n, size)):
             a = _mm32(h[r], weight.T)
             g = a if h.dtype == torch.float32 else torch.empty_like(a, dtype=h.dtype)
@@ -231,7 +236,7 @@ def backward(
     targets, grad = targets.contiguous(), grad.contiguous()
     bias = None if bias is None else bias.contiguous()
     x = torch.where((targets != -100)[:, None], h, 0)  # an ignored row may hold anything
-    size = max(256, SCRATCH_ELEMENTS // n)
+    size = _share(v, n)
     for c in (slice(s, min(v, s + size)) for s in range(0, v, size)):
         a = _mm32(x, weight[c].T)
         g = a if h.dtype == torch.float32 else torch.empty_like(a, dtype=h.dtype)
