@@ -1,5 +1,5 @@
 """linear_logp on a GPU. Scoring is one fused kernel over row blocks x vocabulary splits, the logits
-in registers. For gradients cuBLAS makes an eighth of the logits (2^27 at most) in scratch, one kernel
+in registers. For gradients cuBLAS makes an eighth of the logits (2^27 at most) in scratch, a kernel
 turns them into dlogp/dz, cuBLAS multiplies on: at d = 4096 the scratch's traffic is estimated at a
 tenth of the GEMM time (not measured); a tile kernel would have to hold or re-make [rows, d] sums.
 Every sum has a fixed order, without atomics.
