@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from u2a.batch import AnswerLogps
 from u2a.dual_modules import Refused, UnsupportedModel, path
@@ -50,6 +51,11 @@ for _package, _family in FAMILIES.items():
         "TopKRouter": experts.router,
     }.items():
         TABLE[f"transformers.models.{_package}.modeling_{_package}.{_family}{_suffix}"] = _handler
+# The same function in one operation that saves its input only; theirs keep five arrays.
+FUSED: dict[str, modules.Forward] = {
+    f"transformers.activations.{name}": partial(F.gelu, approximate="tanh")
+    for name in ("NewGELUActivation", "GELUTanh")
+}
 CAUSAL_LMS = {
     f"transformers.models.{package}.modeling_{package}.{family}{kind}"
     for package, family in FAMILIES.items()
@@ -181,6 +187,8 @@ def _survey(
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.training and module.p > 0:
             faults.append(f"{name}: dropout p={module.p} in training mode; call model.eval()")
+        if path(type(module)) in FUSED:
+            found.append((module, FUSED[path(type(module))]))
         held = [n for n, p in module.named_parameters(recurse=False) if site.captured(p)]
         if not held or module is head:
             continue
