@@ -4,13 +4,16 @@
 biases, embeddings, norms, fused experts, routers, heads, tied weights and LoRA.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import tiny_index
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from u2a.index import Full, features
+from u2a.index import Full, features, tokens
 
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 # Hugging Face's routers, and Gemma 2's capped attention, take their softmax in float32
@@ -74,3 +77,37 @@ def test_lora(family):
 def test_rows_of_one_length_need_no_padding():
     model = exact_norms(tiny_index.make("llama"))
     compare(model, tiny_index.rows(((2, 3), (1, 4), (4, 1))), 1e-12)
+
+
+class UnfusedExperts(nn.Module):
+    """Experts as a list of MLPs, called one by one on their tokens."""
+
+    def __init__(self, hidden, inner, count):
+        super().__init__()
+        mlp = lambda: nn.Sequential(nn.Linear(hidden, inner), nn.SiLU(), nn.Linear(inner, hidden))  # noqa: E731
+        self.gate = nn.Linear(hidden, count, bias=False)
+        self.experts = nn.ModuleList(mlp() for _ in range(count))
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        weight, chosen = torch.softmax(self.gate(flat), -1).topk(2, dim=-1)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == e)
+            with tokens(token):
+                y = expert(flat[token]) * weight[token, place, None]
+            out = out.index_add(0, token, y)
+        return out.view(x.shape)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_unfused_experts(announced, monkeypatch):
+    model = exact_norms(tiny_index.make("llama"))
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        layer.mlp = UnfusedExperts(16, 8, 5).double()
+    if announced:
+        return compare(model, tiny_index.rows(), 1e-12)
+    monkeypatch.setattr(f"{__name__}.tokens", lambda token: nullcontext())
+    with pytest.raises(RuntimeError, match=r"Linear ran on \d+ rows where \d+ tokens are known"):
+        features(model, tiny_index.rows(), nll, Full())

@@ -5,6 +5,7 @@
 
 from u2a.index.build import Settings, features, query
 from u2a.index.engine import Capture, capture
+from u2a.index.modules import tokens
 from u2a.index.packed import Packed, pack
 from u2a.index.reader import Index
 from u2a.index.spec import Full, Kronecker, Sketch
@@ -21,4 +22,5 @@ __all__ = [
     "features",
     "pack",
     "query",
+    "tokens",
 ]

@@ -56,6 +56,7 @@ def run_rows(
         found[batch.index.to(device, non_blocking=True)] = f
     if found is None:
         raise ValueError("features: rows must hold at least one row, got none")
+    run.check_used()
     return found
 
 
@@ -115,4 +116,5 @@ def query(
             r = None if ref is None else ref[at.to(ref.device)]
             part = run.features(pack(both, at.tolist()), objective, r).sum(0)
             parts.append(part * (len(group) / len(pairs)))
+        run.check_used()
     return torch.stack(parts).sum(0)

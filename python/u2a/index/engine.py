@@ -151,11 +151,12 @@ class Capture:
         slots = self.open_slots(len(batch), batch.offsets, owner)
         with torch.enable_grad(), running(batch):
             total = loss(self.answer_logps(batch, ref)).sum()
-            self._check_used()
-            found = torch.autograd.grad(total, slots)
+            found = torch.autograd.grad(total, slots, allow_unused=True)
+        found = [torch.zeros_like(s) if f is None else f for f, s in zip(found, slots, strict=True)]
         return torch.cat([f.flatten(1) for f in found], 1)
 
-    def _check_used(self) -> None:
+    def check_used(self) -> None:
+        """Raises UnsupportedModel for captured parameters that no batch so far has used."""
         used = self.site.used
         if lost := [n for n, i in zip(self.names, self._ids, strict=True) if i not in used]:
             raise UnsupportedModel(

@@ -8,7 +8,8 @@ inside. Seeing another kind, or a setting that would make a tap wrong, raises Re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,16 +42,19 @@ class Site:
 
     def layout(self, rows: int, module: nn.Module) -> tuple[Tensor, Tensor]:
         """(offsets, owner) for `rows` rows, a multiple of the tokens with each token's together."""
-        n = self.owner.shape[0]
-        if n and rows % n == 0:
-            times = rows // n
-            if times == 1:
-                return self.offsets, self.owner
-            return self.offsets * times, self.owner.repeat_interleave(times)
-        raise RuntimeError(
-            f"u2a.index: {path(type(module))} ran on {rows} rows of a batch of {n} tokens; which "
-            "example a row belongs to is not known. Exclude its parameters"
-        )
+        owner = self.owner if not _tokens else self.owner[_tokens[-1]]
+        n = owner.shape[0]
+        if rows != n * (rows // n if n else 0):
+            raise RuntimeError(
+                f"u2a.index: {path(type(module))} ran on {rows} rows where {n} tokens are known; "
+                "say which they are (u2a.index.tokens), or exclude its parameters"
+            )
+        if rows > n:
+            owner = owner.repeat_interleave(rows // n)
+        if rows == self.owner.shape[0] and not _tokens:
+            return self.offsets, owner
+        examples = torch.arange(self.offsets.shape[0], device=owner.device)
+        return torch.searchsorted(owner, examples).to(torch.int32), owner
 
     def outer(self, y: Tensor, x: Tensor, p: Tensor, module: nn.Module) -> Tensor:
         """Taps y, linear in p with inputs x `[..., d_in]`."""
@@ -64,6 +68,23 @@ class Site:
         _, owner = self.layout(y.numel() // y.shape[-1], module)
         slot, rule = self.take(p)
         return Rows.apply(y, slot, scale, owner, rule)
+
+
+_tokens: list[Tensor] = []
+
+
+@contextmanager
+def tokens(index: Tensor) -> Iterator[None]:
+    """For a forward that calls modules on some of the tokens, as unfused experts do.
+
+    `index [m]`: their numbers among the packed tokens, ascending, as torch.where gives them.
+    Without effect outside a capture.
+    """
+    _tokens.append(index)
+    try:
+        yield
+    finally:
+        _tokens.pop()
 
 
 def weight_shape(module: nn.Module, p: Tensor) -> tuple[int, ...]:
