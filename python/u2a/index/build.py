@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps, Pair, Row, buckets
 from u2a.index.engine import Capture, Loss, capture
-from u2a.index.packed import pack
+from u2a.index.packed import moved, pack
 from u2a.index.spec import Spec
 
 
@@ -45,6 +45,8 @@ def run_rows(
     mode: Any = nullcontext()
     if settings.autocast is not None:
         mode = torch.autocast(device.type, settings.autocast)
+    if not rows:
+        raise ValueError("features: rows must hold at least one row, got none")
     found: Tensor | None = None
     for group in buckets([len(r) for r in rows], settings.batch_tokens):
         batch = pack([rows[i] for i in group], group)
@@ -53,10 +55,9 @@ def run_rows(
             f = run.features(batch, _per_row(loss), r, compile=settings.compile)
         if found is None:
             found = f.new_empty(len(rows), run.dim)
-        found[batch.index.to(device, non_blocking=True)] = f
-    if found is None:
-        raise ValueError("features: rows must hold at least one row, got none")
+        found.index_copy_(0, moved(batch.index, device), f)
     run.check_used()
+    assert found is not None
     return found
 
 

@@ -24,6 +24,13 @@ from u2a.batch import Row
 NAME = "u2a_packed"
 
 
+def moved(t: Tensor, device: torch.device) -> Tensor:
+    """t on `device`, through pinned memory so that nobody waits for a GPU."""
+    if device.type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Packed:
     """B examples in N tokens.
@@ -51,13 +58,12 @@ class Packed:
         return self.offsets.shape[0] - 1
 
     def to(self, device: torch.device) -> Packed:
-        """On `device`; `index` stays on the CPU. No synchronisation."""
-        moved = {
-            f.name: v.to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(v := getattr(self, f.name), Tensor) and f.name != "index"
-        }
-        return Packed(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **moved})
+        """On `device`; `index` stays on the CPU."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, v in values.items():
+            if isinstance(v, Tensor) and name != "index":
+                values[name] = moved(v, device)
+        return Packed(**values)
 
 
 def pack(rows: Sequence[Row], index: Sequence[int] | None = None) -> Packed:
