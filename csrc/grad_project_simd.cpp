@@ -63,6 +63,7 @@ inline void block(const T* a, int64_t am, int64_t an, const T* b, int64_t ldb, i
   typename S::V acc[M][V];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) acc[m][v] = typename S::V{};
+#pragma GCC unroll 4
   for (int64_t s = 0; s < n; ++s, a += an, b += ldb) {
     typename S::V p[V];
 #pragma GCC unroll 4
