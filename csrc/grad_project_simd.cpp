@@ -2,6 +2,8 @@
 // multiply-add a step (float), so results do not depend on the instruction set's vector length.
 #include "grad_project_simd.h"
 
+#include <type_traits>
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -192,6 +194,23 @@ void tile_of(const Strided& p, int64_t k, int64_t c0, int64_t cols, T* tile) {
   }
 }
 
+// 1 with its sign bit from bits 0 to kPad - 1.
+template <typename T>
+inline void pad_signs(uint32_t bits, T* to) {
+  using S = Simd<T>;
+  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  typedef Word W __attribute__((vector_size(kBytes)));
+  constexpr int top = 8 * sizeof(T) - 1;
+  W lane;
+  for (int l = 0; l < S::lanes; ++l) lane[l] = l;
+  const W one = reinterpret_cast<W>(typename S::V{} + T(1)), sign = (Word{1} << top) - W{};
+  for (int i = 0; i < kPad; i += S::lanes) {
+    const W word = ((Word{bits} >> i) - W{}) << (top - lane);
+    *reinterpret_cast<typename S::U*>(to + i) =
+        reinterpret_cast<typename S::V>((word & sign) | one);
+  }
+}
+
 template <typename T>
 void signs_of(const uint32_t* word, int64_t k, int64_t cols, T* tile) {
   const int64_t ld = u2a::padded(k), words = (k + 31) / 32;
@@ -199,9 +218,7 @@ void signs_of(const uint32_t* word, int64_t k, int64_t cols, T* tile) {
     const int64_t width = width_of(j0, ld);
     for (int64_t c = 0; c < cols; ++c, tile += width) {
       const uint32_t bits = word[c * words + j0 / 32];
-      for (int64_t j = 0; j < width; j += kPad)
-        for (int i = 0; i < kPad; ++i)
-          tile[j + i] = static_cast<T>(1 - 2 * static_cast<int32_t>((bits >> (j + i)) & 1));
+      for (int64_t j = 0; j < width; j += kPad) pad_signs(bits >> j, tile + j);
     }
   }
 }
