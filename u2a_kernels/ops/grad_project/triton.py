@@ -209,7 +209,8 @@ def config(n: int, b: int, k_in: int, k_out: int, itemsize: int) -> dict[str, in
     tiles = triton.cdiv(k_in, bi) * triton.cdiv(k_out, bo)
     splits = min(triton.cdiv(mean, bn), triton.cdiv(264, max(1, b * tiles)))
     bd = 64 if itemsize == 2 else 32
-    return dict(BN=bn, BI=bi, BO=bo, BD=bd, splits=max(1, splits), num_warps=8 if bn == 128 else 4)
+    warps = 8 if bn == 128 or bi + bo > 128 or itemsize == 4 else 4
+    return dict(BN=bn, BI=bi, BO=bo, BD=bd, splits=max(1, splits), num_warps=warps)
 
 
 def _to_memory(side: _Side) -> _Side:
@@ -222,7 +223,7 @@ def _to_memory(side: _Side) -> _Side:
             side.rows, side.p, out, n, *side.args(),
             KIND=side.kind, STREAM=side.stream, MAGIC=TAG, BN=bn, BJ=bj,
             BD=64 if itemsize == 2 else 32, DOT=_operand(side.dtype), PREC=dot_precision(),
-            num_warps=4,
+            num_warps=8,
         )  # fmt: skip
     return side._replace(rows=out, p=out, d=side.k, kind=IDENTITY)
 
