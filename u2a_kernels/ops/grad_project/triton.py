@@ -177,14 +177,19 @@ def _make(
     rows: Tensor, p: Tensor | None, k: int, seed: int, stream: int, dtype: torch.dtype
 ) -> _Side:
     hot = not rows.is_floating_point()
-    is_tensor = p is not None and p.ndim == 2
-    kind = MATRIX if is_tensor else SIGNS if seed >= 0 else IDENTITY
-    scale = 1 / math.sqrt(k) if kind == SIGNS else 1.0
-    d = rows.shape[1] if not hot else p.shape[1] if is_tensor else 1 << 32
     n = width(rows, p, k, seed)
+    scale, matrix = 1.0, rows
+    d = 1 << 32 if hot else rows.shape[1]
+    if p is not None and p.ndim == 2:
+        kind, matrix, d = MATRIX, p, p.shape[1]
+    elif seed >= 0:
+        kind, scale = SIGNS, 1 / math.sqrt(k)
+    else:
+        kind = IDENTITY
     kind += HOT_MATRIX if hot else 0
-    dtype = dtype if hot else rows.dtype
-    return _Side(rows, p if is_tensor else rows, n, d, max(seed, 0), kind, scale, stream, dtype)
+    return _Side(
+        rows, matrix, n, d, max(seed, 0), kind, scale, stream, dtype if hot else rows.dtype
+    )
 
 
 def _operand(dtype: torch.dtype) -> object:
