@@ -25,9 +25,9 @@ from u2a_kernels._checks import (
 from u2a_kernels._library import define
 from u2a_kernels._segments import accum_dtype
 from u2a_kernels._triton import cuda_launcher
+from u2a_kernels.ops.grad_project.launch import forward as forward_triton
 from u2a_kernels.ops.grad_project.rademacher import Rademacher, check_rademacher, rademacher
 from u2a_kernels.ops.grad_project.reference import reference, reference_bwd, width
-from u2a_kernels.ops.grad_project.triton import forward as forward_triton
 
 __all__ = ["Rademacher", "forward_triton", "grad_project", "rademacher", "reference"]
 
