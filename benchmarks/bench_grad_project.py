@@ -1,6 +1,6 @@
 """grad_project against plain torch: both projections by GEMM, then a batched product of examples.
 
-`floor` is the larger of bytes / copy bandwidth and operations / rate of a large GEMM, both measured.
+`floor`: the larger of bytes / copy bandwidth and operations / rate of a large GEMM, both measured.
 `python benchmarks/bench_grad_project.py [threads] [dtype]` prints interleaved medians.
 """
 

@@ -14,7 +14,7 @@ namespace u2a {
 namespace {
 
 constexpr uint32_t kOutputStream = 2, kInputStream = 3;
-constexpr int64_t kChunk = 128, kIdentityColumns = 256;
+constexpr int64_t kChunk = 128, kIdentityColumns = 256, kNear = 1 << 20;
 
 struct Factor {
   std::optional<Tensor> matrix;  // [k, d]
@@ -131,9 +131,20 @@ struct Side {
     if (p.identity()) return;
     T* y = s.projected.of(kChunk * ld);
     if (hot()) return look_up(t0, tokens, y, s);
+    if (d == 0) std::fill(y, y + tokens * ld, T(0));
+    for (int64_t t = 0; t < tokens; t += strip())
+      project_strip(t0 + t, std::min(strip(), tokens - t), y + t * ld, s);
+  }
+
+  // Tokens that pass all columns before the next do. Few, so that the rows of x are read along (no
+  // hardware prefetch and a TLB miss a row otherwise), but enough to make signs or fetch tiles for.
+  int64_t strip() const {
+    return !signs() && d * ld * static_cast<int64_t>(sizeof(T)) <= kNear ? 16 : 64;
+  }
+
+  void project_strip(int64_t t0, int64_t tokens, T* y, Scratch<T>& s) const {
     const Strided m = strided(rows);
     const int64_t step = depth(k);
-    if (d == 0) std::fill(y, y + padded(tokens) * ld, T(0));
     for (int64_t c = 0; c < d; c += step) {
       const int64_t cols = std::min(step, d - c);
       const T* tile = tiles.get() + c * ld;
