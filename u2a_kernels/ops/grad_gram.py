@@ -13,7 +13,7 @@ from u2a_kernels._checks import check_dim, check_floats, check_offsets, check_si
 from u2a_kernels._library import define
 from u2a_kernels._segments import (
     accum_dtype,
-    ghost_is_cheaper,
+    ghost_limit,
     segment_ids,
     segment_sum,
     segments,
@@ -66,7 +66,7 @@ def reference(
     out = x.new_zeros(offsets.shape[0] - 1, offsets2.shape[0] - 1, dtype=acc)
     for b, t in segments(offsets):
         xb, gb = x[t].to(acc), g[t].to(acc)
-        if ghost_is_cheaper(len(xb), x.shape[1], g.shape[1]):
+        if len(xb) <= ghost_limit(x.shape[1], g.shape[1]):
             tokens = ((xb @ x2a.T) * (gb @ g2a.T)).sum(0)  # [N2]
         else:
             tokens = (g2a * (x2a @ (gb.T @ xb).T)).sum(1)
@@ -84,7 +84,7 @@ def _side(
     ids = segment_ids(offsets2, x2.shape[0])
     for b, t in segments(offsets):
         xb, gb, w = x[t].to(acc), g[t].to(acc), weight[b].to(acc)[ids]  # w [N2]
-        if ghost_is_cheaper(len(xb), x.shape[1], g.shape[1]):
+        if len(xb) <= ghost_limit(x.shape[1], g.shape[1]):
             dx[t] = (gb @ g2a.T * w) @ x2a
             dg[t] = (xb @ x2a.T * w) @ g2a
         else:
