@@ -7,7 +7,8 @@
 namespace {
 
 using namespace u2a;
-constexpr int64_t kLoopTokens = 96;  // below: half of GEMM's rate on half of its products
+// Own loops have half of GEMM's rate and half of its products: for examples that stay in cache.
+constexpr int64_t kLoopTokens = 160, kLoopElements = 1 << 19;
 constexpr int64_t kStrip = 128, kStripCols = 512, kFormed = 1 << 18;
 
 struct Task {
@@ -63,15 +64,18 @@ struct Problem {
   }
 };
 
-std::vector<Task> tasks_of(const std::vector<int64_t>& seg, int64_t ghost, int64_t d_out,
-                           int64_t formed_rows) {
+template <typename T>
+std::vector<Task> tasks_of(const Problem<T>& p, int64_t ghost) {
+  const std::vector<int64_t>& seg = p.seg;
+  const int64_t formed_rows = p.formed_rows();
+  const int64_t loop_tokens = std::min(kLoopTokens, kLoopElements / (p.d_in + p.d_out));
   std::vector<Task> tasks;
   for (int64_t e = 0; e + 1 < static_cast<int64_t>(seg.size()); ++e) {
     const int64_t n = seg[e + 1] - seg[e];
     if (n > ghost)
-      for (int64_t o = 0; o < d_out; o += formed_rows)
-        tasks.push_back({e, o, std::min(d_out, o + formed_rows), Task::formed});
-    else if (n > kLoopTokens)
+      for (int64_t o = 0; o < p.d_out; o += formed_rows)
+        tasks.push_back({e, o, std::min(p.d_out, o + formed_rows), Task::formed});
+    else if (n > loop_tokens)
       for (int64_t t = 0; t < n; t += kStrip)
         tasks.push_back({e, t, std::min(n, t + kStrip), Task::strip});
     else if (n > 0)
@@ -90,7 +94,7 @@ Tensor run(const Tensor& x, const Tensor& g, const Tensor& offsets, int64_t ghos
   if (x.size(0) == 0 || x.size(1) == 0 || g.size(1) == 0) return out;
   Tensor xc = prepared(x, type), gc = prepared(g, type);
   const Problem<T> p{xc.const_data_ptr<T>(), gc.const_data_ptr<T>(), x.size(1), g.size(1), seg};
-  const std::vector<Task> tasks = tasks_of(seg, ghost, p.d_out, p.formed_rows());
+  const std::vector<Task> tasks = tasks_of(p, ghost);
   std::vector<double> part(tasks.size());
   torch::stable::parallel_for(0, part.size(), 1, [&](int64_t lo, int64_t hi) {
     std::unique_ptr<T[]> work;

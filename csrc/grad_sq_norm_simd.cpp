@@ -25,11 +25,17 @@ void load_tail(typename Lanes<T>::Vector& v, const T* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];
 }
 
-template <typename T>
-T sum_of(typename Lanes<T>::Vector& v) {
-  for (int w = Lanes<T>::kCount / 2; w; w /= 2)
-    for (int j = 0; j < w; ++j) v[j] += v[j + w];
-  return v[0];
+// Halves added onto halves; whole vectors, as there are as many sums as a tile has products.
+inline float sum_of(Lanes<float>::Vector& v) {
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  return v[0] + v[1];
+}
+inline double sum_of(Lanes<double>::Vector& v) {
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v[0] + v[1];
 }
 
 // out[r][c] = <a_r, b_c> for R rows of a and C rows of b.
@@ -54,7 +60,7 @@ void products(const T* a, const T* b, int64_t d, T out[kRows][kCols]) {
     step(u, v);
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r][c] = sum_of<T>(acc[r][c]);
+    for (int c = 0; c < C; ++c) out[r][c] = sum_of(acc[r][c]);
 }
 
 template <int R, typename T>
