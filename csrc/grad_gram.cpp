@@ -7,7 +7,7 @@
 namespace {
 
 using namespace u2a;
-constexpr int64_t kStrip = 128, kStripCols = 512, kFormed = 1 << 20, kRows = 64;
+constexpr int64_t kStrip = 256, kStripCols = 1024, kFormed = 1 << 21, kRows = 64;
 
 template <typename T>
 struct Gram {

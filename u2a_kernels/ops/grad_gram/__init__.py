@@ -35,7 +35,7 @@ def grad_gram(
     Returns:
         [B, B2], float32 (float64 for float64 inputs). Accumulation in the result's dtype.
         Deterministic. Differentiable once in x, g, x2 and g2.
-        Held beside inputs and result: 4 MB of scratch on the CPU and 64 MB on CUDA, more only
+        Held beside inputs and result: 8 MB of scratch on the CPU and 64 MB on CUDA, more only
         where 16 (on CUDA 4096) entries of every gradient would not fit.
 
     Raises:
