@@ -12,4 +12,6 @@ def test_strided_offsets(function):
     x, g, v = randn(6, 8, seed=1), randn(6, 5, seed=2), randn(1, 5, 8, seed=3)
     offsets = offsets_of([4, 2])
     strided = torch.stack([offsets, offsets + 100], 1)[:, 0]
-    assert torch.equal(function(x, g, strided, v), function(x, g, offsets, v))
+    for by_tokens in (True, False):
+        want = function(x, g, offsets, v, by_tokens)
+        assert torch.equal(function(x, g, strided, v, by_tokens), want)
