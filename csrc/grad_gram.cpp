@@ -19,8 +19,8 @@ struct Gram {
   int64_t columns(int64_t rows) const { return same ? rows : b.examples(); }
 
   // Examples first..last of a, in strips of their tokens, against the tokens of b.
-  void by_tokens(int64_t first, int64_t last, T* p) const {
-    T *q = p + kStrip * kStripCols, *line = q + kStrip * kStripCols;
+  void by_tokens(int64_t first, int64_t last, T* p, double* line) const {
+    T* q = p + kStrip * kStripCols;
     const std::vector<int64_t>&sa = a.seg, &sb = b.seg;
     const int64_t n_b = sb[columns(last)];
     for (int64_t t = sa[first]; t < sa[last]; t += kStrip) {
@@ -47,8 +47,9 @@ struct Gram {
       if (a.seg[e + 1] - a.seg[group.back()] >= kStrip || e + 1 == a.examples())
         group.push_back(e + 1);
     torch::stable::parallel_for(0, group.size() - 1, 1, [&](int64_t lo, int64_t hi) {
-      const std::unique_ptr<T[]> work = scratch<T>(2 * kStrip * kStripCols + kStripCols);
-      for (int64_t k = lo; k < hi; ++k) by_tokens(group[k], group[k + 1], work.get());
+      const std::unique_ptr<T[]> work = scratch<T>(2 * kStrip * kStripCols);
+      const std::unique_ptr<double[]> line = scratch<double>(kStripCols);
+      for (int64_t k = lo; k < hi; ++k) by_tokens(group[k], group[k + 1], work.get(), line.get());
     });
   }
 

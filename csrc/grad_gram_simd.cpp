@@ -2,8 +2,7 @@
 
 namespace {
 
-template <typename T>
-double sum_of(const T* v, int64_t n) {
+double sum_of(const double* v, int64_t n) {
   constexpr int kLanes = 8;
   double lane[kLanes] = {};
   int64_t i = 0;
@@ -16,11 +15,12 @@ double sum_of(const T* v, int64_t n) {
 }
 
 template <typename T>
-void products(const T* p, const T* q, int64_t rows, int64_t cols, T* line, const int64_t* seg,
+void products(const T* p, const T* q, int64_t rows, int64_t cols, double* line, const int64_t* seg,
               int64_t at, int64_t first, int64_t last, T* sums) {
-  for (int64_t j = 0; j < cols; ++j) line[j] = p[j] * q[j];
+  for (int64_t j = 0; j < cols; ++j) line[j] = static_cast<double>(p[j]) * q[j];
   for (int64_t r = 1; r < rows; ++r)
-    for (int64_t j = 0; j < cols; ++j) line[j] += p[r * cols + j] * q[r * cols + j];
+    for (int64_t j = 0; j < cols; ++j)
+      line[j] += static_cast<double>(p[r * cols + j]) * q[r * cols + j];
   for (int64_t c = first; c < last; ++c) {
     const int64_t lo = seg[c] > at ? seg[c] - at : 0;
     const int64_t hi = seg[c + 1] - at < cols ? seg[c + 1] - at : cols;
@@ -31,7 +31,7 @@ void products(const T* p, const T* q, int64_t rows, int64_t cols, T* line, const
 }  // namespace
 
 #define U2A_DEFINE_GRAM(T)                                                                      \
-  void segment_products(const T* p, const T* q, int64_t rows, int64_t cols, T* line,            \
+  void segment_products(const T* p, const T* q, int64_t rows, int64_t cols, double* line,       \
                         const int64_t* seg, int64_t at, int64_t first, int64_t last, T* sums) { \
     products(p, q, rows, cols, line, seg, at, first, last, sums);                               \
   }

@@ -133,7 +133,7 @@ def _formed_kernel(
     acc = gradient_tile(
         x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o, BO, BI, BN, DOT, PREC
     )
-    tl.store(part + tl.program_id(0), tl.sum(tl.sum(acc * acc, axis=1), axis=0))
+    tl.store(part + tl.program_id(0), tl.sum(acc * acc))
 
 
 @triton.jit

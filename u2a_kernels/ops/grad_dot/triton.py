@@ -80,7 +80,7 @@ def _formed_kernel(
     mask = (o[:, None] < D_out) & (i[None, :] < D_in)
     for q in range(0, Q):
         bv = tl.load(v + q * sv_q + o[:, None] * sv_o + i[None, :] * sv_i, mask=mask, other=0.0)
-        total = tl.sum(tl.sum(acc * bv.to(tl.float32), axis=1), axis=0)
+        total = tl.sum(acc * bv.to(tl.float32))
         tl.store(part + (b * Q + q) * TILES + tile, total)
 
 
@@ -156,11 +156,11 @@ def formed_config(d_in: int, d_out: int, size: int) -> dict[str, int]:
     return dict(BO=bo, BI=bi, BN=32 if size == 2 else 16)
 
 
-def low_rank_config(n: int, q: int, rank: int) -> dict[str, int]:
+def low_rank_config(n: int, q: int, rank: int, size: int) -> dict[str, int]:
     """16 to 64 columns of directions x ranks, so that x and g are read once per so many."""
     br = min(64, triton.next_power_of_2(rank))
     bq = max(min(triton.next_power_of_2(q), 64 // br), 16 // br)
-    return dict(BN=32 if n >= 2048 else 16, BQ=bq, BR=br, BD=64)
+    return dict(BN=32 if n >= 2048 else 16, BQ=bq, BR=br, BD=64 if size == 2 else 16)
 
 
 def by_tokens(x: Tensor, g: Tensor, offsets: Tensor, v: Tensor, out: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def low_rank(
     x: Tensor, g: Tensor, offsets: Tensor, left: Tensor, right: Tensor, out: Tensor
 ) -> Tensor:
     n, d_in, d_out, (b, q), rank = x.shape[0], x.shape[1], g.shape[1], out.shape, left.shape[2]
-    c = low_rank_config(n, q, rank)
+    c = low_rank_config(n, q, rank, x.element_size())
     part = torch.empty(q, n, device=x.device, dtype=torch.float32)
     _low_rank_kernel[(triton.cdiv(n, c["BN"]), triton.cdiv(q, c["BQ"]))](
         x, g, left, right, part, n, q, rank, d_in, d_out,
