@@ -1,5 +1,5 @@
 """install.py PYTHON: puts the peers into the environment of PYTHON; what went wrong with which of
-them is written to peers.json beside it, for the table.
+them is written to peers.json beside it, for the table. What is there already is left alone.
 
 The pinned set of this project constrains every install, so torch stays what it is there.
 """
@@ -61,14 +61,18 @@ def imports(python: str, module: str) -> str | None:
 
 def main() -> None:
     python = sys.argv[1]
-    faults = {name: install(python, requirement) for name, (requirement, _) in PEERS.items()}
-    for name in drop_broken(python):
+    file = Path(python).parents[1] / "peers.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    state = {name: {"requirement": requirement} for name, (requirement, _) in PEERS.items()}
+    done = [name for name in PEERS if before.get(name) == state[name] | {"error": None}]
+    faults = {name: install(python, PEERS[name][0]) for name in PEERS if name not in done}
+    for name in drop_broken(python) if faults else []:
         print(f"  {name} removed: it does not load beside this torch")
     for name, (requirement, module) in PEERS.items():
-        faults[name] = faults[name] or imports(python, module)
-        print(f"  {requirement}: {faults[name] or 'installed'}", flush=True)
-    state = {n: {"requirement": PEERS[n][0], "error": fault} for n, fault in faults.items()}
-    (Path(python).parents[1] / "peers.json").write_text(json.dumps(state, indent=1))
+        fault = None if name in done else faults[name] or imports(python, module)
+        state[name] |= {"error": fault}
+        print(f"  {requirement}: {fault or 'installed'}", flush=True)
+    file.write_text(json.dumps(state, indent=1))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def bergson() -> Iterator[Case]:
     folder, batches = Path(tempfile.mkdtemp()), [list(range(ROWS))]
 
     def config(name: str, **options: Any) -> dict[str, Any]:
-        cfg = IndexConfig(run_path=str(folder / name), **options)
+        cfg = IndexConfig(run_path=str(folder / name), drop_columns=False, **options)
         cfg.partial_run_path.mkdir(parents=True, exist_ok=True)
         return {"cfg": cfg, "processor": GradientProcessor(**options)}
 
@@ -67,7 +67,7 @@ def bergson() -> Iterator[Case]:
         return call
 
     def on_disk():
-        arguments = config("disk", projection_dim=SIDE, drop_columns=False)
+        arguments = config("disk", projection_dim=SIDE)
 
         def call() -> Tensor:
             collect_gradients(model, data, batches=batches, **arguments)
@@ -140,7 +140,6 @@ def logix() -> Iterator[Case]:
 def traker() -> Iterator[Case]:
     from trak import TRAKer
     from trak.modelout_functions import AbstractModelOutput
-    from trak.projectors import BasicProjector, ProjectionType
 
     class Loss(AbstractModelOutput):
         def __init__(self) -> None:
@@ -161,11 +160,10 @@ def traker() -> Iterator[Case]:
     def case(k: int) -> Case:
         model = m.make_model()
         model.config._attn_implementation = "eager"  # vmap
-        size = sum(model.get_parameter(name).numel() for name in names)
         tracer = TRAKer(
             model=model, task=Loss(), train_set_size=ROWS, save_dir=tempfile.mkdtemp(),
             device="cpu", use_half_precision=False, grad_wrt=names, logging_level=30,
-            projector=BasicProjector(size, k, 0, ProjectionType.normal, "cpu"),
+            proj_dim=k,
         )  # fmt: skip
         tracer.load_checkpoint(model.state_dict(), model_id=0)
 
@@ -174,7 +172,9 @@ def traker() -> Iterator[Case]:
             tracer.featurize([ids], inds=torch.arange(ROWS).numpy())
             return torch.from_numpy(tracer.saver.current_store["grads"][:])
 
-        return Case("TRAK", call, f"dense k = {k}, BasicProjector, eager attention", slow=True)
+        held = tracer.projector.proj_matrix.nbytes >> 20
+        note = f"dense, BasicProjector ({held} MB more held by it), eager attention"
+        return Case(f"TRAK, k = {k}", call, note, slow=True)
 
     yield case(SLOW)
     yield case(TOTAL)
