@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from _measure import peak_mb  # noqa: E402
-from peers import GROUPS  # noqa: E402
 from model import ROWS, Case, training_step  # noqa: E402
+from peers import GROUPS  # noqa: E402
 
 ROUNDS = 9
 
