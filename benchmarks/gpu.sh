@@ -21,7 +21,7 @@ echo "== build"
 "$python" -m u2a_kernels | tee "$results/$machine.txt"
 
 echo "== tests on the device"
-"$python" -m pytest -rs tests/test_cuda.py tests/test_build.py
+"$python" -m pytest -rs tests/test_cuda.py tests/test_cuda_library.py tests/test_index_cuda.py tests/test_build.py
 
 echo "== memory and race checks on small shapes"
 if command -v compute-sanitizer >/dev/null; then

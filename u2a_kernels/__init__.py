@@ -15,7 +15,7 @@ from u2a_kernels.ops.dual_rms_norm import dual_rms_norm
 from u2a_kernels.ops.dual_swiglu import dual_swiglu
 from u2a_kernels.ops.grad_dot import grad_dot
 from u2a_kernels.ops.grad_gram import grad_gram
-from u2a_kernels.ops.grad_project import grad_project
+from u2a_kernels.ops.grad_project import Rademacher, grad_project, rademacher
 from u2a_kernels.ops.grad_sketch import grad_sketch
 from u2a_kernels.ops.grad_sq_norm import grad_sq_norm
 from u2a_kernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -23,6 +23,7 @@ from u2a_kernels.ops.linear_logp import linear_logp
 
 __version__ = "0.1.0"
 __all__ = [
+    "Rademacher",
     "dual_attention",
     "dual_gelu",
     "dual_layer_norm",
@@ -37,6 +38,7 @@ __all__ = [
     "grad_sq_norm",
     "linear_cross_entropy",
     "linear_logp",
+    "rademacher",
 ]
 
 try:
