@@ -3,10 +3,13 @@
 GPT-2 of 4 layers, d = 256, V = 1000, random weights, float32, 32 examples of 128 tokens. GPT-2's
 Conv1D modules are replaced by nn.Linear, since two peers know only that. What is projected is the
 gradient of the 16 linear weights inside the layers, of the loss summed over an example's tokens.
+ACTIVATION in the environment: transformers' name of the GELU. GPT-2's own "gelu_new" is eight
+operations in Python; "gelu_pytorch_tanh" is the same function in one, for everybody.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 VOCAB, LENGTH, ROWS, LAYERS, WIDTH, HEADS = 1000, 128, 32, 4, 256, 4
 SIDE = 16  # a side of the Kronecker projection: 16 x 16 numbers from each of 16 linears
 TOTAL = 4096
+ACTIVATION = os.environ.get("ACTIVATION", "gelu_new")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def make_model() -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCAB, n_positions=LENGTH, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        use_cache=False,
+        use_cache=False, activation_function=ACTIVATION,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     for module in list(model.modules()):

@@ -46,7 +46,8 @@ def main() -> None:
     state = json.loads((Path(sys.prefix) / "peers.json").read_text())
     logs = Path("build/logs")
     logs.mkdir(parents=True, exist_ok=True)
-    print("4-layer GPT-2, d = 256, V = 1000, 32 x 128 tokens, float32, one thread, batch of 32.")
+    activation = os.environ.get("ACTIVATION", "gelu_new")
+    print(f"4-layer GPT-2 ({activation}), d = 256, V = 1000, 32 x 128 tokens, float32, one thread.")
     print("steps: CPU time over that of a training step run in turn with it. numbers: an example.")
     print(COLUMNS)
     lines = []
