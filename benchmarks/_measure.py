@@ -21,9 +21,11 @@ def _status_mb(field: str) -> float:
     return int(STATUS.read_text().split(field + ":")[1].split()[0]) / 1024
 
 
-def peak_mb(call: Call) -> float:
-    """MB that one call holds at its highest beyond what was held before it (Linux or CUDA)."""
-    call()
+def peak_mb(call: Call, warm: bool = True) -> float:
+    """MB that one call holds at its highest beyond what was held before it (Linux or CUDA).
+    `warm` calls once before."""
+    if warm:
+        call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
