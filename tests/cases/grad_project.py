@@ -327,6 +327,7 @@ def aot_inputs(dtype):
         )
 
     yield "grad_project", made(8192, 16, 4096, 14336, 16, 16)
+    yield "grad_project", made(8192, 16, 4096, 14336, 16, 64)
     yield "grad_project", made(65536, 128, 4096, 14336, 64, 64)
     yield "grad_project", made(2048, 128, 2048, 5632, 256, 256)
     for k in (16, 64):

@@ -78,7 +78,7 @@ def config(n: int, b: int, k_in: int, k_out: int, itemsize: int) -> dict[str, in
     tiles = triton.cdiv(k_in, bi) * triton.cdiv(k_out, bo)
     splits = min(triton.cdiv(mean, bn), triton.cdiv(264, max(1, b * tiles)))
     bd = 64 if itemsize == 2 else 32
-    warps = 8 if bn == 128 or bi + bo > 128 or itemsize == 4 else 4
+    warps = 4 if bi + bo <= 32 and itemsize == 2 and bn <= 64 else 8
     return dict(BN=bn, BI=bi, BO=bo, BD=bd, splits=max(1, splits), num_warps=warps)
 
 
@@ -110,10 +110,10 @@ def _one_map(x: _Side, g: _Side, offsets: Tensor) -> Tensor:
         x = _to_memory(x)
     if tiles_in > 1 and g.kind in (MATRIX, SIGNS):
         g = _to_memory(g)
-    splits = c["splits"]
+    splits, tiles = c["splits"], tiles_in * tiles_out
     part = out if splits == 1 else out.new_empty(b, splits, g.k, x.k)
-    project_kernel[(b * splits, tiles_in * tiles_out)](
-        x.rows, x.p, g.rows, g.p, offsets, part, *x.args(), *g.args(), splits, tiles_in,
+    project_kernel[(b * splits * tiles,)](
+        x.rows, x.p, g.rows, g.p, offsets, part, *x.args(), *g.args(), splits, tiles, tiles_in,
         x.scale * g.scale,
         KIND_IN=x.kind, KIND_OUT=g.kind, MAGIC=TAG, BN=c["BN"], BI=c["BI"], BO=c["BO"], BD=c["BD"],
         DOT_IN=_operand(x.dtype), DOT_OUT=_operand(g.dtype), PREC=dot_precision(), SUM=total,

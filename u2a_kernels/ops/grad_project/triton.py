@@ -96,16 +96,17 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["seed_in", "seed_out"])
 def project_kernel(
     x, p_in, g, p_out, offsets, part, K_in, D_in, seed_in, sx_n, sx_d, si_k, si_d,
-    K_out, D_out, seed_out, sg_n, sg_d, so_k, so_d, splits, tiles_in, scale,
+    K_out, D_out, seed_out, sg_n, sg_d, so_k, so_d, splits, tiles, tiles_in, scale,
     KIND_IN: tl.constexpr, KIND_OUT: tl.constexpr, MAGIC: tl.constexpr, BN: tl.constexpr,
     BI: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
     DOT_IN: tl.constexpr, DOT_OUT: tl.constexpr, PREC: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """part[b, split, o, i] of one tile of one example, over the split's tokens."""
-    b = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    o0 = tl.program_id(1) // tiles_in * BO
-    i0 = tl.program_id(1) % tiles_in * BI
+    tile = tl.program_id(0) % tiles
+    b = (tl.program_id(0) // tiles // splits).to(tl.int64)
+    split = tl.program_id(0) // tiles % splits
+    o0 = tile // tiles_in * BO
+    i0 = tile % tiles_in * BI
     first = tl.load(offsets + b).to(tl.int64)
     end = tl.load(offsets + b + 1).to(tl.int64)
     length = tl.cdiv(tl.cdiv(end - first, BN), splits) * BN
