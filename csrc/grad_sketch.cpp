@@ -1,108 +1,100 @@
-// grad_sketch on the CPU: per token, scatter each factor into k buckets, Walsh-Hadamard transform,
-// multiply and accumulate. Threads share the examples. bf16/fp16 inputs are copied to float32 once.
+// grad_sketch on the CPU, in one of two ways that formed_is_cheaper() chooses by shape. Per token:
+// both factors into k buckets each, Walsh-Hadamard transform, multiply and accumulate; the same
+// bits on every instruction set. Per example: blocks of the gradient by GEMM, their entries into k
+// buckets, one transform; the same bits wherever the GEMM's are. Threads share the examples;
+// bf16/fp16 inputs are copied to float32 once.
 #include <cmath>
 
 #include "common.h"
-#include "grad_sketch_simd.h"
-#include "sketch_hash.h"
+#include "grad_sketch_entries_simd.h"
+#include "grad_sketch_table.h"
 
 namespace {
 
 using namespace u2a;
 constexpr int64_t kMaxWidth = int64_t{1} << 27;  // coordinates share 32 bits with a pattern
+constexpr int64_t kTile = int64_t{1} << 18;      // elements of a formed block
+
+// Nanoseconds per example of either way, measured on an AVX-512 core whose GEMM does 160 GFLOP/s. A
+// function of the shape, never of the machine or the threads.
+bool formed_is_cheaper(int64_t n, int64_t b, int64_t d_in, int64_t d_out, int64_t k) {
+  const double tokens = static_cast<double>(n) / std::max<int64_t>(1, b);
+  const double entries = static_cast<double>(d_in) * d_out, size = static_cast<double>(k);
+  const double adds = size * std::max(0.0, std::log2(size / 16)) / 32 * (k <= 4096 ? 1.4 : 2.0);
+  const double transformed = tokens * (0.6 * (d_in + d_out) + adds);
+  return 2000 + entries * (1 + tokens / 80) + 2 * size < transformed;
+}
 
 template <typename T>
-struct alignas(64) Row {
-  T lane[kLanes<T>];
-};
-
-// Aligned work space of whole rows.
-template <typename T>
-struct Rows {
-  explicit Rows(int64_t n) : rows(n) {}
-  T* data() { return rows.data()->lane; }
-  std::vector<Row<T>> rows;
-};
-
-// The values of one factor, ordered by row; see SketchFactor.
-struct Table {
-  std::vector<int32_t> row;
-  std::vector<SketchGroup> group;
-  std::vector<uint32_t> entry;
-
-  Table(uint64_t seed, uint32_t stream, int64_t d, int64_t k, int64_t rows, int lanes)
-      : row(rows), entry(d) {
-    std::vector<uint32_t> word(d);
-    std::vector<int64_t> first(rows + 1);
-    for (int64_t c = 0; c < d; ++c) {
-      word[c] = sketch_hash(seed, stream, c);
-      ++first[(word[c] & (k - 1)) / lanes + 1];
-    }
-    for (int64_t r = 0; r < rows; ++r) row[r] = static_cast<int32_t>(r);
-    std::stable_sort(row.begin(), row.end(),
-                     [&](int32_t a, int32_t b) { return first[a + 1] < first[b + 1]; });
-    std::vector<int64_t> at(rows);
-    int64_t next = 0;
-    for (const int32_t r : row) {
-      const int32_t count = static_cast<int32_t>(first[r + 1]);
-      if (group.empty() || group.back().count != count) group.push_back({0, count});
-      ++group.back().rows;
-      at[r] = next;
-      next += count;
-    }
-    for (int64_t c = 0; c < d; ++c) {
-      const uint32_t bucket = word[c] & (k - 1), sign = word[c] >> 31;
-      entry[at[bucket / lanes]++] =
-          static_cast<uint32_t>(c) * 2 * lanes + sign * lanes + bucket % lanes;
-    }
-  }
-
-  template <typename T>
-  SketchFactor<T> factor(const T* tokens, int64_t d, T* work) const {
-    return {tokens,       d,   row.data(), group.data(), static_cast<int64_t>(group.size()),
-            entry.data(), work};
+struct Inputs {
+  Tensor x, g;  // contiguous [N, d_in], [N, d_out]
+  const std::vector<int64_t>& seg;
+  int64_t d_in, d_out, k;
+  uint64_t seed;
+  const T* row_of(const Tensor& t, int64_t e) const {
+    return t.const_data_ptr<T>() + seg[e] * t.size(1);
   }
 };
 
-// Row p: (-1)^popcount(p & lane), negated in the second half.
 template <typename T>
-Rows<T> patterns() {
-  constexpr int n = kLanes<T>;
-  Rows<T> rows(2 * n);
-  for (int p = 0; p < 2 * n; ++p)
-    for (int j = 0; j < n; ++j) {
-      const bool odd = __builtin_popcount(p & (n - 1) & j) & 1;
-      rows.rows[p].lane[j] = odd == (p >= n) ? T(1) : T(-1);
+void by_token(const Inputs<T>& in, T* out) {
+  const int64_t b = in.seg.size() - 1, rows = std::max<int64_t>(1, in.k / kLanes<T>);
+  const SketchTable table_x(in.seed, kInputs, in.d_in, in.k, rows, kLanes<T>);
+  const SketchTable table_g(in.seed, kOutputs, in.d_out, in.k, rows, kLanes<T>);
+  const SketchRows<T> patterns = sketch_patterns<T>();
+  const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(in.k)));
+  torch::stable::parallel_for(0, b, 1, [&](int64_t lo, int64_t hi) {
+    const int64_t at_once = rows <= kTokenRows ? kTokens : 1;
+    SketchRows<T> zx(rows * at_once), zg(rows * at_once), sum(rows);
+    const SketchTotal<T> total{patterns.data(), rows, sum.data()};
+    for (int64_t e = lo; e < hi; ++e) {
+      const auto fx = table_x.factor(in.row_of(in.x, e), in.d_in, zx.data());
+      const auto fg = table_g.factor(in.row_of(in.g, e), in.d_out, zg.data());
+      U2A_SIMD(sketch_tokens(fx, fg, in.seg[e + 1] - in.seg[e], total));
+      for (int64_t j = 0; j < in.k; ++j) out[e * in.k + j] = total.sum[j] * scale;
     }
-  return rows;
+  });
+}
+
+template <typename T>
+void by_example(const Inputs<T>& in, T* out) {
+  const int64_t b = in.seg.size() - 1, block = std::max<int64_t>(1, kTile / in.d_in);
+  const std::vector<uint32_t> word_x = sketch_words(in.seed, kInputs, in.d_in);
+  const std::vector<uint32_t> word_g = sketch_words(in.seed, kOutputs, in.d_out);
+  const SketchRows<T> patterns = sketch_patterns<T>();
+  torch::stable::parallel_for(0, b, 1, [&](int64_t lo, int64_t hi) {
+    Tensor tile = new_tensor(in.x, {std::min(block, in.d_out), in.d_in}, in.x.scalar_type());
+    SketchRows<T> z(std::max<int64_t>(1, in.k / kLanes<T>));
+    for (int64_t e = lo; e < hi; ++e) {
+      const int64_t tokens = in.seg[e + 1] - in.seg[e];
+      z.clear();
+      Tensor g_e = rows(in.g, in.seg[e], tokens), x_e = rows(in.x, in.seg[e], tokens);
+      for (int64_t o0 = 0; tokens && o0 < in.d_out; o0 += block) {
+        const int64_t m = std::min(block, in.d_out - o0);
+        Tensor part = rows(tile, 0, m);
+        mm_out(part, transposed(torch::stable::narrow(g_e, 1, o0, m)), x_e);
+        const T* value = part.const_data_ptr<T>();
+        for (int64_t r = 0; r < m; ++r, value += in.d_in)
+          U2A_SIMD(
+              scatter_entries(value, in.d_in, word_x.data(), word_g[o0 + r], in.k - 1, z.data()));
+      }
+      finish_sketch(z, patterns, in.k, out + e * in.k);
+    }
+  });
 }
 
 template <typename T>
 Tensor run(const Tensor& x, const Tensor& g, const Tensor& offsets, int64_t k, int64_t seed,
            ScalarType type) {
-  const int64_t d_in = x.size(1), d_out = g.size(1);
   const std::vector<int64_t> seg = host_offsets("grad_sketch", offsets, x.size(0));
   const int64_t b = static_cast<int64_t>(seg.size()) - 1;
+  const Inputs<T> in{prepared(x, type),          prepared(g, type), seg, x.size(1), g.size(1), k,
+                     static_cast<uint64_t>(seed)};
   Tensor out = new_tensor(x, {b, k}, type);
-  Tensor xc = prepared(x, type), gc = prepared(g, type);
-  const T *px = xc.const_data_ptr<T>(), *pg = gc.const_data_ptr<T>();
-  const int64_t rows = std::max<int64_t>(1, k / kLanes<T>);
-  const Table in(seed, kInputs, d_in, k, rows, kLanes<T>);
-  const Table to(seed, kOutputs, d_out, k, rows, kLanes<T>);
-  Rows<T> signs = patterns<T>();
-  const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(k)));
-  T* po = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, b, 1, [&](int64_t lo, int64_t hi) {
-    const int64_t at_once = rows <= kTokenRows ? kTokens : 1;
-    Rows<T> zx(rows * at_once), zg(rows * at_once), sum(rows);
-    const SketchTotal<T> total{signs.data(), rows, sum.data()};
-    for (int64_t e = lo; e < hi; ++e) {
-      const SketchFactor<T> fx = in.factor(px + seg[e] * d_in, d_in, zx.data());
-      const SketchFactor<T> fg = to.factor(pg + seg[e] * d_out, d_out, zg.data());
-      U2A_SIMD(sketch_tokens(fx, fg, seg[e + 1] - seg[e], total));
-      for (int64_t j = 0; j < k; ++j) po[e * k + j] = total.sum[j] * scale;
-    }
-  });
+  if (in.d_in > 0 && in.d_out > 0 && formed_is_cheaper(x.size(0), b, in.d_in, in.d_out, k))
+    by_example(in, out.mutable_data_ptr<T>());
+  else
+    by_token(in, out.mutable_data_ptr<T>());
   return out;
 }
 

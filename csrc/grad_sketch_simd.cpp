@@ -155,9 +155,27 @@ void tokens_of(const SketchFactor<T>& x, const SketchFactor<T>& g, int64_t token
   for (; t < tokens; ++t) some_tokens<1>(x, g, t, total);
 }
 
+// The lanes of a row first: their transform is the patterns' sum.
+template <typename T>
+void transform(T* values, int64_t rows, const T* patterns) {
+  auto* z = lanes(values);
+  const auto* pattern = lanes(patterns);
+  for (int64_t r = 0; r < rows; ++r) {
+    auto sum = pattern[0] - pattern[0];
+    for (int i = 0; i < kLanes<T>; ++i)
+      sum = add_signed(sum, values[r * kLanes<T> + i], pattern[i]);
+    z[r] = sum;
+  }
+  for (int64_t stride = 1; stride < rows; stride *= 2) pass<2>(z, rows, stride);
+}
+
 }  // namespace
 
 namespace u2a::U2A_ISA {
+void sketch_transform(float* z, int64_t rows, const float* pattern) { transform(z, rows, pattern); }
+void sketch_transform(double* z, int64_t rows, const double* pattern) {
+  transform(z, rows, pattern);
+}
 void sketch_tokens(const SketchFactor<float>& x, const SketchFactor<float>& g, int64_t tokens,
                    const SketchTotal<float>& total) {
   tokens_of(x, g, tokens, total);

@@ -46,3 +46,6 @@ U2A_DECLARE_SIMD(void sketch_tokens(const SketchFactor<float>& x, const SketchFa
                                     int64_t tokens, const SketchTotal<float>& total))
 U2A_DECLARE_SIMD(void sketch_tokens(const SketchFactor<double>& x, const SketchFactor<double>& g,
                                     int64_t tokens, const SketchTotal<double>& total))
+// Walsh-Hadamard transform in place, natural order, not normalised; pattern as in SketchTotal.
+U2A_DECLARE_SIMD(void sketch_transform(float* z, int64_t rows, const float* pattern))
+U2A_DECLARE_SIMD(void sketch_transform(double* z, int64_t rows, const double* pattern))
