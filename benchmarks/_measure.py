@@ -49,3 +49,19 @@ def interleaved(calls: dict[str, Call], rounds: int = 9) -> dict[str, float]:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def copy_gb_s() -> float:
+    """Bytes read and written per second by a copy that no cache holds, in GB."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.ones(1 << (28 if device == "cuda" else 26), device=device)
+    b = torch.empty_like(a)
+    return 2 * a.numel() * 4 / interleaved({"copy": lambda: b.copy_(a)}, 5)["copy"] / 1e9
+
+
+def gemm_gflop_s(dtype: torch.dtype) -> float:
+    """Rate of a large square matmul of that type."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    d = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, d, d, device=device).to(dtype)
+    return 2 * d**3 / interleaved({"gemm": lambda: a @ b}, 5)["gemm"] / 1e9
