@@ -199,7 +199,7 @@ def low_rank(
     _low_rank_kernel[(triton.cdiv(n, c["BN"]), triton.cdiv(q, c["BQ"]))](
         x, g, left, right, part, n, q, rank, d_in, d_out,
         *x.stride(), *g.stride(), *left.stride(), *right.stride(),
-        **c, DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4,
+        **c, DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4 if x.element_size() == 2 else 8,
     )  # fmt: skip
     _segment_kernel[(b, q)](part, offsets, out, n, q, 1, BN=128, num_warps=4)
     return out

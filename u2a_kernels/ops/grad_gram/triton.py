@@ -151,5 +151,5 @@ def _form(
         x, g, offsets, out, x.shape[1], g.shape[1], tiles_o, tiles, o, rows, i, cols,
         *x.stride(), *g.stride(),
         BO=SIDE, BI=SIDE, BN=32 if x.element_size() == 2 else 16,
-        DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4,
+        DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4 if x.element_size() == 2 else 8,
     )  # fmt: skip
