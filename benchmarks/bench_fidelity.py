@@ -29,13 +29,14 @@ from transformers.pytorch_utils import Conv1D
 from u2a.batch import Row, collate, row_batches
 from u2a.demo.base_model import make_tokenizer
 from u2a.demo.corpus import make_corpus
+from u2a.index import Kronecker, Sketch, features
 from u2a.products import answer_logps, gradient, jvp_scores
 from u2a_kernels import grad_project, grad_sketch
 
 STEPS, BATCH, RATE = 200, 32, 2e-3
 CANDIDATES, QUERIES = 192, 16
 SIDE, TOTAL = 16, 4096
-SEEDS, FORMED_SEEDS = 32, 3
+SEEDS, INDEX_SEEDS, FORMED_SEEDS = 32, 8, 3
 
 
 def nll(lp):
@@ -272,6 +273,15 @@ def measure(seeds: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     }  # fmt: skip
     for seed in range(seeds):
         for name, sketch in factored(taps, seed):
+            found.setdefault(name, []).append(sketch)
+    for seed in range(min(seeds, INDEX_SEEDS)):
+        specs = {
+            "u2a.index Kronecker(16, 16)": Kronecker(SIDE, SIDE, seed),
+            f"u2a.index Sketch({TOTAL // 4})": Sketch(TOTAL // 4, seed),
+            f"u2a.index Sketch({TOTAL})": Sketch(TOTAL, seed),
+        }
+        for name, spec in specs.items():
+            sketch = features(model, candidates + queries, nll, spec)
             found.setdefault(name, []).append(sketch)
     each = TOTAL // len(grams)
     draws: dict[str, Callable[[int], Tensor]] = {
