@@ -52,9 +52,9 @@ inline Floats mul_add(Floats a, Floats b, Floats c) {
 #endif
 inline Doubles mul_add(Doubles a, Doubles b, Doubles c) { return a * b + c; }
 
-// sum[m][v] = sum_s a[m am + s an] b[s ldb + lanes of v], M rows and V vectors in registers.
-template <int M, int V, typename T>
-inline void block(const T* a, int64_t am, int64_t an, const T* b, int64_t ldb, int64_t n, T* sum) {
+// store(m, v, sum_s a[m am + s an] b[s ldb + lanes of v]), M rows and V vectors in registers.
+template <int M, int V, typename T, typename F>
+inline void block(const T* a, int64_t am, int64_t an, const T* b, int64_t ldb, int64_t n, F store) {
   using S = Simd<T>;
   typename S::V acc[M][V];
   for (int m = 0; m < M; ++m)
@@ -74,32 +74,33 @@ inline void block(const T* a, int64_t am, int64_t an, const T* b, int64_t ldb, i
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v)
-      *reinterpret_cast<typename S::U*>(sum + (m * V + v) * S::lanes) = acc[m][v];
+    for (int v = 0; v < V; ++v) store(m, v, acc[m][v]);
 }
 
-// out[m][i] (+)= scale sum[m][i]
-template <typename T>
-inline void put(const T* sum, int64_t width, int64_t rows, int64_t cols, T scale, bool add, T* out,
-                int64_t ldo) {
-  for (int64_t m = 0; m < rows; ++m, sum += width, out += ldo) {
-    if (add)
-      for (int64_t i = 0; i < cols; ++i) out[i] += scale * sum[i];
-    else
-      for (int64_t i = 0; i < cols; ++i) out[i] = scale * sum[i];
-  }
-}
-
+// out[m][i] (+)= scale sum of row m and column i, for rows <= kRows and cols <= V vectors.
 template <int V, typename T>
 inline void strip(const T* a, int64_t am, int64_t an, const T* b, int64_t ldb, int64_t n,
                   int64_t rows, int64_t cols, T scale, bool add, T* out, int64_t ldo) {
-  constexpr int64_t width = V * Simd<T>::lanes;
-  T sum[kRows * width];
-  block<kRows, V>(a, am, an, b, ldb, n, sum);
-  if (rows == kRows && cols >= width)
-    put(sum, width, kRows, width, scale, add, out, ldo);
-  else
-    put(sum, width, rows, cols < width ? cols : width, scale, add, out, ldo);
+  using S = Simd<T>;
+  constexpr int64_t width = V * S::lanes;
+  if (rows == kRows && cols >= width) {
+    const typename S::V by = scale - typename S::V{};
+    block<kRows, V>(a, am, an, b, ldb, n, [&](int m, int v, typename S::V sum) {
+      typename S::U& to = *reinterpret_cast<typename S::U*>(out + m * ldo + v * S::lanes);
+      sum = by * sum;
+      to = add ? to + sum : sum;
+    });
+    return;
+  }
+  T sums[kRows * width];
+  block<kRows, V>(a, am, an, b, ldb, n, [&](int m, int v, typename S::V sum) {
+    *reinterpret_cast<typename S::U*>(sums + m * width + v * S::lanes) = sum;
+  });
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t i = 0; i < cols && i < width; ++i) {
+      const T y = scale * sums[m * width + i];
+      out[m * ldo + i] = add ? out[m * ldo + i] + y : y;
+    }
 }
 
 // kRows rows against all columns: the widest blocks of which none is left alone at the end.

@@ -75,6 +75,7 @@ struct Block {
 template <typename T>
 struct Side {
   Tensor rows;
+  Strided at{};  // of rows that are not one-hot
   Factor p;
   uint32_t stream;
   int64_t n, d, k, ld, words, columns;
@@ -90,7 +91,10 @@ struct Side {
     words = (k + 31) / 32;
     columns = p.identity() ? kIdentityColumns : std::max<int64_t>(k, 1);
     factor = signs() ? 1 / std::sqrt(static_cast<double>(k)) : 1;
-    if (hot()) check_ids();
+    if (hot())
+      check_ids();
+    else
+      at = strided(rows);
   }
 
   bool hot() const { return rows.dim() == 1; }
@@ -139,11 +143,11 @@ struct Side {
   // Tokens that pass all columns before the next do. Few, so that the rows of x are read along (no
   // hardware prefetch and a TLB miss a row otherwise), but enough to make signs or fetch tiles for.
   int64_t strip() const {
-    return !signs() && d * ld * static_cast<int64_t>(sizeof(T)) <= kNear ? 16 : 64;
+    const bool cheap = signs() ? k <= kPad : d * ld * static_cast<int64_t>(sizeof(T)) <= kNear;
+    return cheap ? 16 : 64;
   }
 
   void project_strip(int64_t t0, int64_t tokens, T* y, Scratch<T>& s) const {
-    const Strided m = strided(rows);
     const int64_t step = depth(k);
     for (int64_t c = 0; c < d; c += step) {
       const int64_t cols = std::min(step, d - c);
@@ -153,7 +157,7 @@ struct Side {
         U2A_SIMD(sign_tile(word.get() + c * words, k, cols, made));
         tile = made;
       }
-      U2A_SIMD(project_tokens(m, t0, tokens, c, cols, tile, k, c > 0, y));
+      U2A_SIMD(project_tokens(at, t0, tokens, c, cols, tile, k, c > 0, y));
     }
   }
 
@@ -176,11 +180,11 @@ struct Side {
   Block<T> block(int64_t t0, int64_t tokens, int64_t first, Scratch<T>& s) const {
     if (!p.identity()) return {s.projected.get(), ld, 0, k};
     const int64_t count = std::min(columns, k - first), wide = padded(count);
-    const Strided m = strided(rows);
-    if (m.type == (sizeof(T) == 8 ? Element::f64 : Element::f32) && m.column == 1 && count == wide)
-      return {static_cast<const T*>(m.data) + t0 * m.row + first, m.row, first, count};
+    if (at.type == (sizeof(T) == 8 ? Element::f64 : Element::f32) && at.column == 1 &&
+        count == wide)
+      return {static_cast<const T*>(at.data) + t0 * at.row + first, at.row, first, count};
     T* to = s.columns.of(kChunk * wide);
-    U2A_SIMD(load_rows(m, t0, tokens, first, count, to, wide));
+    U2A_SIMD(load_rows(at, t0, tokens, first, count, to, wide));
     return {to, wide, first, count};
   }
 };
