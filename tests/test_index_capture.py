@@ -49,14 +49,15 @@ def test_checkpointing_counts_each_module_once(spec):
     assert relative(again, want) < 1e-13
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize("spec", SPECS[1:], ids=IDS[1:])
 def test_compiled_backbone(spec, monkeypatch):
     """One graph, no break: the taps are ordinary operations. aot_eager: inductor takes a minute."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, data = tiny_index.make("llama", torch.float32), tiny_index.rows()
-    want = features(model, data, nll, spec, settings=Settings(batch_tokens=10))
-    got = features(model, data, nll, spec, settings=Settings(batch_tokens=10, compile=True))
+    model.model.layers = model.model.layers[:1]
+    want = features(model, data, nll, spec, settings=Settings(batch_tokens=20))
+    got = features(model, data, nll, spec, settings=Settings(batch_tokens=20, compile=True))
     assert relative(got, want) < 1e-5
 
 

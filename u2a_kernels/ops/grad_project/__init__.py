@@ -9,7 +9,7 @@ seed >= 0 for Rademacher signs and -1 for the identity.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +33,22 @@ __all__ = ["Rademacher", "forward_triton", "grad_project", "rademacher", "refere
 
 OP = "grad_project"
 Projection = Tensor | Rademacher | None
+
+
+@overload
+def grad_project(
+    x: Tensor, g: Tensor, offsets: Tensor, p_in: Projection, p_out: Projection
+) -> Tensor: ...
+
+
+@overload
+def grad_project(
+    x: Tensor,
+    g: Sequence[Tensor],
+    offsets: Tensor,
+    p_in: Projection,
+    p_out: Sequence[Projection],
+) -> list[Tensor]: ...
 
 
 def grad_project(
