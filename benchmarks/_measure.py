@@ -49,3 +49,22 @@ def interleaved(calls: dict[str, Call], rounds: int = 9) -> dict[str, float]:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def copy_gb_s() -> float:
+    """GB/s read plus written by a copy of 256 MB: the floor of what is bound by memory."""
+    source = torch.ones(1 << 26, device=_device())
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, 5)["copy"]
+    return 2 * source.numel() * source.element_size() / seconds / 1e9
+
+
+def gemm_gflop_s(dtype: torch.dtype) -> float:
+    """GFLOP/s of a square GEMM: the floor of what is bound by arithmetic."""
+    n = 8192 if _device() == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=_device()).to(dtype) for _ in range(2))
+    return 2 * n**3 / interleaved({"gemm": lambda: a @ b}, 5)["gemm"] / 1e9
