@@ -83,16 +83,15 @@ void dense_of_formed(const Problem& p, const Tensor& g, Tensor& out) {
 
 template <typename T>
 void dense_of_rows(const Problem& p, const int64_t* label, Tensor& out) {
-  const int64_t d_in = p.x.size(1), columns = std::min(d_in, kEntriesAtOnce);
-  Tensor signs = sign_space(p);
-  for (int64_t e = 0; e < p.b(); ++e)
-    for (int64_t t = p.seg[e]; t < p.seg[e + 1]; ++t)
-      for (int64_t i0 = 0; i0 < d_in; i0 += columns) {
-        const int64_t c = std::min(columns, d_in - i0);
-        Tensor row = rows(p.x, t, 1), to = rows(out, e, 1);
-        add_signed_entries<T>(to, torch::stable::narrow(row, 1, i0, c), {label + t, 1, i0, c},
-                              signs, p);
-      }
+  const int64_t d_in = p.x.size(1);
+  const T* x = p.x.const_data_ptr<T>();
+  T* to = out.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, p.b(), 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t e = lo; e < hi; ++e)
+      for (int64_t t = p.seg[e]; t < p.seg[e + 1]; ++t)
+        U2A_SIMD(add_signed_row(x + t * d_in, d_in, p.seed, static_cast<uint32_t>(label[t]), p.k,
+                                to + e * p.k));
+  });
 }
 
 template <typename T>

@@ -6,7 +6,6 @@ namespace {
 
 constexpr int kGroup = 16;  // counters hashed side by side
 
-// The words are hashed in groups: bucket and sign in integers, the sum in the order of the entries.
 template <typename T, typename Bits>
 void scatter(const T* value, int64_t n, const uint32_t* word, uint32_t flip, uint32_t mask, T* z) {
   constexpr int kShift = 8 * sizeof(T) - 32;
@@ -70,9 +69,34 @@ void signs(uint64_t seed, uint32_t row, uint32_t first, int64_t n, int64_t j0, i
     }
 }
 
+// kGroup entries are summed before they join the others: a shorter chain of roundings.
+template <typename T>
+void add_row(const T* value, int64_t n, uint64_t seed, uint32_t row, int64_t k, T* out) {
+  const int64_t width = k < 128 ? k : 128;
+  T sign[kGroup * 128];
+  for (int64_t i0 = 0; i0 < n; i0 += kGroup) {
+    const int64_t some = n - i0 < kGroup ? n - i0 : kGroup;
+    for (int64_t j0 = 0; j0 < k; j0 += width) {
+      T sum[128] = {};
+      signs(seed, row, static_cast<uint32_t>(i0), some, j0, width, sign);
+      for (int64_t i = 0; i < some; ++i)
+        for (int64_t j = 0; j < width; ++j) sum[j] += value[i0 + i] * sign[i * width + j];
+      for (int64_t j = 0; j < width; ++j) out[j0 + j] += sum[j];
+    }
+  }
+}
+
 }  // namespace
 
 namespace u2a::U2A_ISA {
+void add_signed_row(const float* value, int64_t n, uint64_t seed, uint32_t row, int64_t k,
+                    float* out) {
+  add_row(value, n, seed, row, k, out);
+}
+void add_signed_row(const double* value, int64_t n, uint64_t seed, uint32_t row, int64_t k,
+                    double* out) {
+  add_row(value, n, seed, row, k, out);
+}
 void scatter_entries(const float* value, int64_t n, const uint32_t* word, uint32_t flip,
                      uint32_t mask, float* z) {
   scatter<float, uint32_t>(value, n, word, flip, mask, z);

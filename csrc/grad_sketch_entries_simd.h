@@ -18,3 +18,9 @@ U2A_DECLARE_SIMD(void entry_signs(uint64_t seed, uint32_t row, uint32_t first, i
                                   int64_t j0, int64_t width, float* sign))
 U2A_DECLARE_SIMD(void entry_signs(uint64_t seed, uint32_t row, uint32_t first, int64_t n,
                                   int64_t j0, int64_t width, double* sign))
+
+// out[j] += sum_i value[i] * sign of entry (row, i) and feature j, for j < k.
+U2A_DECLARE_SIMD(void add_signed_row(const float* value, int64_t n, uint64_t seed, uint32_t row,
+                                     int64_t k, float* out))
+U2A_DECLARE_SIMD(void add_signed_row(const double* value, int64_t n, uint64_t seed, uint32_t row,
+                                     int64_t k, double* out))

@@ -50,7 +50,7 @@ def _hadamard(z: Tensor) -> Tensor:
     """Walsh-Hadamard transform along the last dimension, natural order, not normalised."""
     n, k, h = z.shape[0], z.shape[1], 1
     while h < k:
-        pairs = z.view(n, -1, 2, h)
+        pairs = z.view(n, k // (2 * h), 2, h)
         z = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
         h *= 2
     return z.reshape(n, k)
