@@ -20,7 +20,7 @@ CASES = {
     for k in (*LAYERS, SHORT)
     for q, rank in KINDS
 }
-NAMES = ("u2a", "torch tokens", "torch formed")
+NAMES = ("u2a", "torch tokens", "torch formed", "torch at once")
 
 
 def dense_calls(k: Layer, q: int):
@@ -48,10 +48,15 @@ def low_rank_calls(k: Layer, q: int, rank: int):
         each = [((g @ a) * (x @ b)).sum(-1) for a, b in zip(left, right, strict=True)]
         return torch.stack(each, 1).view(k.b, k.t, q).sum(1)
 
+    def at_once():
+        zg, zx = g @ left.transpose(0, 1).flatten(1), x @ right.transpose(0, 1).flatten(1)
+        return (zg * zx).view(k.b, k.t, q, rank).sum((1, 3))
+
     calls = {
         "u2a": lambda: u2a_kernels.grad_dot(x, g, offsets, (left, right)),
         "torch tokens": tokens,
         "torch formed": lambda: k.formed(x, g).flatten(1) @ (left @ right.mT).flatten(1).T,
+        "torch at once": at_once,
     }
     flops = 2 * q * rank * k.n * (k.d_in + k.d_out)
     return calls, floor_seconds((k.n + q * rank) * (k.d_in + k.d_out), flops)
@@ -64,6 +69,8 @@ def calls_of(k: Layer, q: int, rank: int):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", CASES)
 def test_grad_dot(benchmark, name, case):
+    if name == "torch at once" and not CASES[case][2]:
+        pytest.skip("for factors only")
     benchmarked(benchmark, *calls_of(*CASES[case]), name)
 
 

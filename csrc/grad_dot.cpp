@@ -7,7 +7,7 @@
 namespace {
 
 using namespace u2a;
-constexpr int64_t kChunkElements = 1 << 19, kFormed = 1 << 21;
+constexpr int64_t kChunkElements = 1 << 19, kTokens = 1024, kFormed = 1 << 21;
 
 // out[e, k] = the sum of token[t, k] over the tokens of example e; token [n, columns].
 template <typename T>
@@ -22,32 +22,42 @@ void sum_segments(const T* token, const std::vector<int64_t>& seg, int64_t colum
   }
 }
 
+// token[r] += <y[r, :], g[r, :]>; y contiguous, g with contiguous rows.
 template <typename T>
-void dot_rows(const Tensor& a, const Tensor& b, int64_t rows, int64_t d, T* out) {
-  const T *pa = a.const_data_ptr<T>(), *pb = b.const_data_ptr<T>();
+void dot_rows(const Tensor& y, const Tensor& g, int64_t rows, int64_t d, int64_t g_stride,
+              T* token) {
+  const T *py = y.const_data_ptr<T>(), *pg = g.const_data_ptr<T>();
   torch::stable::parallel_for(0, rows, 16, [&](int64_t lo, int64_t hi) {
-    U2A_SIMD(row_dot(pa + lo * d, pb + lo * d, hi - lo, d, out + lo));
+    U2A_SIMD(row_dot(py + lo * d, pg + lo * g_stride, hi - lo, d, g_stride, token + lo));
   });
 }
 
+// V is read once for every kTokens tokens, and y is a block of kTokens x (some outputs).
 template <typename T>
 void by_tokens(const Tensor& x, const Tensor& g, const std::vector<int64_t>& seg, const Tensor& v,
                Tensor& out) {
   const ScalarType type = out.scalar_type();
-  const int64_t n = x.size(0), d_out = g.size(1), q = v.size(0);
-  Tensor token = new_tensor(x, {n}, type);
-  const int64_t chunk = std::max<int64_t>(1, std::min(n, kChunkElements / d_out));
-  Tensor y = new_tensor(x, {chunk, d_out}, type);
-  for (int64_t k = 0; k < q; ++k) {
-    Tensor v_k = transposed(prepared(torch::stable::select(v, 0, k), type));
-    for (int64_t start = 0; start < n; start += chunk) {
-      const int64_t m = std::min(chunk, n - start);
-      Tensor g_m = prepared(rows(g, start, m), type), y_m = rows(y, 0, m);
-      mm_out(y_m, prepared(rows(x, start, m), type), v_k);
-      dot_rows<T>(y_m, g_m, m, d_out, token.mutable_data_ptr<T>() + start);
+  const int64_t n = x.size(0), d_out = g.size(1), q = v.size(0), step = std::min(n, kTokens);
+  const int64_t block = std::min(d_out, std::max<int64_t>(1, kChunkElements / step));
+  const bool in_place = g.scalar_type() == type && g.stride(1) == 1;
+  Tensor y = new_tensor(x, {step * block}, type), token = new_tensor(x, {q, n}, type);
+  torch::stable::zero_(token);
+  for (int64_t start = 0; start < n; start += step) {
+    const int64_t m = std::min(step, n - start);
+    Tensor x_m = prepared(rows(x, start, m), type), g_m = rows(g, start, m);
+    for (int64_t o = 0; o < d_out; o += block) {
+      const int64_t c = std::min(block, d_out - o);
+      Tensor g_o = torch::stable::narrow(g_m, 1, o, c);
+      if (!in_place) g_o = prepared(g_o, type);
+      Tensor y_o = torch::stable::view(rows(y, 0, m * c), {m, c});
+      for (int64_t k = 0; k < q; ++k) {
+        mm_out(y_o, x_m, transposed(prepared(rows(torch::stable::select(v, 0, k), o, c), type)));
+        dot_rows<T>(y_o, g_o, m, c, g_o.stride(0), token.mutable_data_ptr<T>() + k * n + start);
+      }
     }
-    sum_segments(token.const_data_ptr<T>(), seg, 1, out.mutable_data_ptr<T>() + k, q);
   }
+  for (int64_t k = 0; k < q; ++k)
+    sum_segments(token.const_data_ptr<T>() + k * n, seg, 1, out.mutable_data_ptr<T>() + k, q);
 }
 
 template <typename T>
@@ -82,12 +92,13 @@ void by_factors(const Tensor& x, const Tensor& g, const std::vector<int64_t>& se
   const int64_t chunk = std::max<int64_t>(1, std::min(n, 4 * kChunkElements / wide));
   Tensor zg = new_tensor(x, {chunk, columns}, type), zx = new_tensor(x, {chunk, columns}, type);
   Tensor token = new_tensor(x, {n, q}, type);
+  torch::stable::zero_(token);
   for (int64_t start = 0; start < n; start += chunk) {
     const int64_t m = std::min(chunk, n - start);
     Tensor zg_m = rows(zg, 0, m), zx_m = rows(zx, 0, m);
     mm_out(zg_m, prepared(rows(g, start, m), type), rf);
     mm_out(zx_m, prepared(rows(x, start, m), type), lf);
-    dot_rows<T>(zg_m, zx_m, m * q, rank, token.mutable_data_ptr<T>() + start * q);
+    dot_rows<T>(zg_m, zx_m, m * q, rank, rank, token.mutable_data_ptr<T>() + start * q);
   }
   sum_segments(token.const_data_ptr<T>(), seg, q, out.mutable_data_ptr<T>(), q);
 }

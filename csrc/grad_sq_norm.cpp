@@ -75,10 +75,11 @@ std::vector<Task> tasks_of(const Problem<T>& p, int64_t ghost) {
     if (n > ghost)
       for (int64_t o = 0; o < p.d_out; o += formed_rows)
         tasks.push_back({e, o, std::min(p.d_out, o + formed_rows), Task::formed});
-    else if (n > loop_tokens)
-      for (int64_t t = 0; t < n; t += kStrip)
-        tasks.push_back({e, t, std::min(n, t + kStrip), Task::strip});
-    else if (n > 0)
+    else if (n > loop_tokens) {
+      const int64_t strip = std::max<int64_t>(32, std::min(kStrip, (n + 1) / 2));
+      for (int64_t t = 0; t < n; t += strip)
+        tasks.push_back({e, t, std::min(n, t + strip), Task::strip});
+    } else if (n > 0)
       tasks.push_back({e, 0, n, Task::loops});
   }
   return tasks;

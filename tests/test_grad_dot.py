@@ -87,7 +87,7 @@ def test_wide_layers_cut_columns_on_the_cpu():
 def test_the_form_is_chosen_by_shape():
     assert op.tokens_are_cheaper(4096, 32, 1)
     assert not op.tokens_are_cheaper(4096, 32, 4)
-    assert op.tokens_are_cheaper(32, 32, 4)
+    assert op.tokens_are_cheaper(32 * 16, 32, 4)
 
 
 def test_rank_zero_is_zero():

@@ -12,6 +12,7 @@ SHAPES = {
     "one": ([1], 1, 1, 1),
     "directions": ([31, 2], 37, 67, 3),
     "blocks": ([70, 61], 65, 129, 1),
+    "formed": ([120, 0, 3], 11, 7, 4),
     "empty": ([0, 0], 5, 3, 2),
     "no-examples": ([], 4, 4, 1),
 }
@@ -43,7 +44,15 @@ def triton(x, g, offsets, v):
     return out if v.ndim == 3 else out[:, 0]
 
 
-RANKS = {"ragged": 4, "one": 1, "directions": 5, "blocks": 67, "empty": 2, "no-examples": 1}
+RANKS = {
+    "ragged": 4,
+    "one": 1,
+    "directions": 5,
+    "blocks": 67,
+    "formed": 16,
+    "empty": 2,
+    "no-examples": 1,
+}
 
 
 def factor_inputs(variant, dtype):

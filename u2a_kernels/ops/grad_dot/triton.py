@@ -160,7 +160,7 @@ def low_rank_config(n: int, q: int, rank: int, size: int) -> dict[str, int]:
     """16 to 64 columns of directions x ranks, so that x and g are read once per so many."""
     br = min(64, triton.next_power_of_2(rank))
     bq = max(min(triton.next_power_of_2(q), 64 // br), 16 // br)
-    return dict(BN=32 if n >= 2048 else 16, BQ=bq, BR=br, BD=64 if size == 2 else 16)
+    return dict(BN=32 if n >= 2048 else 16, BQ=bq, BR=br, BD=32 if size == 2 else 16)
 
 
 def by_tokens(x: Tensor, g: Tensor, offsets: Tensor, v: Tensor, out: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def low_rank(
     _low_rank_kernel[(triton.cdiv(n, c["BN"]), triton.cdiv(q, c["BQ"]))](
         x, g, left, right, part, n, q, rank, d_in, d_out,
         *x.stride(), *g.stride(), *left.stride(), *right.stride(),
-        **c, DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4 if x.element_size() == 2 else 8,
+        **c, DOT=dot_dtype(x), PREC=dot_precision(), num_warps=4,
     )  # fmt: skip
     _segment_kernel[(b, q)](part, offsets, out, n, q, 1, BN=128, num_warps=4)
     return out
