@@ -77,14 +77,16 @@ def check_offsets(op: str, offsets: Tensor, n: int, name: str = "offsets", rows:
         raise wanted(op, name, "[B+1] with B >= 0", shape(offsets))
     if offsets.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(offsets):
         return
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != n:
+    ends = (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, n):
         raise wanted(
-            op, name, f"0 first and N = {n} (rows of {rows}) last", f"{values[0]} and {values[-1]}"
+            op, name, f"0 first and N = {n} (rows of {rows}) last", f"{ends[0]} and {ends[1]}"
         )
-    for i in range(1, len(values)):
-        if values[i] < values[i - 1]:
-            raise wanted(op, name, "non-decreasing", f"{values[i - 1]} then {values[i]} at {i}")
+    falls = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(falls):
+        i = int(falls[0]) + 1
+        got = f"{int(offsets[i - 1])} then {int(offsets[i])} at {i}"
+        raise wanted(op, name, "non-decreasing", got)
 
 
 def check_targets(op: str, targets: Tensor, n: int, vocab: int, name: str = "targets") -> None:
