@@ -158,18 +158,26 @@ def _convert_kernel(acc, exponent, out, K, BJ: tl.constexpr):
 
 
 @triton.jit
+def _octets(sums, tile, word, first: tl.constexpr):
+    """sums[first + q, :] += the tile's sums under the signs of the word's q-th octet of bits."""
+    octet = tl.arange(0, 16)
+    for q in range(4):
+        shift = (q * 8 + tl.arange(0, 8)).to(tl.uint32)
+        bits = (word[None, :, :] >> shift[:, None, None]) & 1
+        some = tl.sum(tl.sum(tl.where(bits == 1, -tile[None, :, :], tile[None, :, :]), 2), 1)
+        sums += tl.where(octet[:, None] == first + q, some[None, :], 0.0)
+    return sums
+
+
+@triton.jit
 def _signed_sums(tile, label, i, seed, block, MAGIC: tl.constexpr):
     """[16, 8]: sums of the tile under the signs of features 128 block and following."""
     w0, w1, w2, w3 = _philox(seed, label, i, 4 + 8 * (1 + block), MAGIC)
-    octet = tl.arange(0, 16)
     sums = tl.zeros((16, 8), tl.float32)
-    for q in tl.static_range(16):
-        word = w0 if q < 4 else w1 if q < 8 else w2 if q < 12 else w3
-        shift = ((q % 4) * 8 + tl.arange(0, 8)).to(tl.uint32)
-        bits = (word[None, :, :] >> shift[:, None, None]) & 1
-        some = tl.sum(tl.sum(tl.where(bits == 1, -tile[None, :, :], tile[None, :, :]), 2), 1)
-        sums += tl.where(octet[:, None] == q, some[None, :], 0.0)
-    return sums
+    sums = _octets(sums, tile, w0, 0)
+    sums = _octets(sums, tile, w1, 4)
+    sums = _octets(sums, tile, w2, 8)
+    return _octets(sums, tile, w3, 12)
 
 
 @triton.jit(do_not_specialize=["seed"])
