@@ -1,6 +1,7 @@
-"""grad_dot against plain torch: project all rows then reduce, and one gradient per example.
+"""grad_dot against plain torch: all rows times V, then reduced; all gradients formed, then dotted.
 
-`gemms` is the time over that of one x V^T, which every way needs.
+Directions: Q dense ones, or factors of rank R. Floor: inputs and directions read once, or the
+cheaper form's products.
 `python benchmarks/bench_grad_dot.py [threads]` prints interleaved medians.
 """
 
@@ -9,78 +10,70 @@ from functools import partial
 
 import pytest
 import torch
-from _measure import interleaved, peak_mb
+from _layers import LAYERS, SHORT, Layer, benchmarked, floor_seconds, randn, table
 
 import u2a_kernels
-from u2a_kernels.ops.grad_dot import reference
-from u2a_kernels.testing import offsets_of
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-TOKENS = 64
-SHAPES = [(65536, 4096)] if DEVICE == "cuda" else [(4096, 512), (4096, 1024)]
-
-
-def plain(x, g, offsets, v):
-    token = ((x @ v.T) * g).sum(-1)
-    return token.view(-1, TOKENS).sum(1)
-
-
-def per_example(x, g, offsets, v):
-    xs, gs = x.view(-1, TOKENS, x.shape[1]), g.view(-1, TOKENS, g.shape[1])
-    return torch.stack([(v * (b.T @ a)).sum() for a, b in zip(xs, gs, strict=True)])
-
-
-def from_reference(x, g, offsets, v):
-    return reference(x, g, offsets, v[None])[:, 0]
-
-
-IMPLEMENTATIONS = {
-    "u2a": u2a_kernels.grad_dot,
-    "torch": plain,
-    "torch per example": per_example,
-    "reference": from_reference,
+KINDS = [(1, 0), (4, 0), (1, 8), (4, 8)]  # directions, rank; 0: dense
+CASES = {
+    f"{k} Q{q} {f'rank {rank}' if rank else 'dense'}": (k, q, rank)
+    for k in (*LAYERS, SHORT)
+    for q, rank in KINDS
 }
+NAMES = ("u2a", "torch tokens", "torch formed", "torch at once")
 
 
-def make(n, d):
-    x, g, v = (torch.randn(m, d, device=DEVICE, dtype=DTYPE) for m in (n, n, d))
-    return dict(x=x, g=g, offsets=offsets_of([TOKENS] * (n // TOKENS)).to(DEVICE), v=v)
+def dense_calls(k: Layer, q: int):
+    x, g, offsets = k.make()
+    v = randn(q, k.d_out, k.d_in)
+
+    def tokens():
+        each = [((x @ w.T) * g).sum(-1).view(k.b, k.t).sum(1) for w in v]
+        return torch.stack(each, 1)
+
+    calls = {
+        "u2a": lambda: u2a_kernels.grad_dot(x, g, offsets, v),
+        "torch tokens": tokens,
+        "torch formed": lambda: k.formed(x, g).flatten(1) @ v.flatten(1).T,
+    }
+    flops = 2 * k.d * min(q * k.n, k.n + q * k.b)
+    return calls, floor_seconds(k.n * (k.d_in + k.d_out) + q * k.d, flops)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}".format(*s))
-def test_grad_dot(benchmark, name, shape):
-    args = make(*shape)
+def low_rank_calls(k: Layer, q: int, rank: int):
+    x, g, offsets = k.make()
+    left, right = randn(q, k.d_out, rank), randn(q, k.d_in, rank)
 
-    call = partial(IMPLEMENTATIONS[name], **args)
-    benchmark.extra_info["peak_mb"] = round(peak_mb(call), 1)
-    gemm = interleaved({"gemm": gemm_caller(args)}, rounds=3)["gemm"]
-    benchmark.pedantic(call, rounds=7, warmup_rounds=1)
-    n, d = shape
-    seconds = benchmark.stats["median"]
-    benchmark.extra_info["gflop_s"] = round(2 * n * d * d / seconds / 1e9, 1)
-    benchmark.extra_info["gemms"] = round(seconds / gemm, 2)
+    def tokens():
+        each = [((g @ a) * (x @ b)).sum(-1) for a, b in zip(left, right, strict=True)]
+        return torch.stack(each, 1).view(k.b, k.t, q).sum(1)
+
+    def at_once():
+        zg, zx = g @ left.transpose(0, 1).flatten(1), x @ right.transpose(0, 1).flatten(1)
+        return (zg * zx).view(k.b, k.t, q, rank).sum((1, 3))
+
+    calls = {
+        "u2a": lambda: u2a_kernels.grad_dot(x, g, offsets, (left, right)),
+        "torch tokens": tokens,
+        "torch formed": lambda: k.formed(x, g).flatten(1) @ (left @ right.mT).flatten(1).T,
+        "torch at once": at_once,
+    }
+    flops = 2 * q * rank * k.n * (k.d_in + k.d_out)
+    return calls, floor_seconds((k.n + q * rank) * (k.d_in + k.d_out), flops)
 
 
-def gemm_caller(args):
-    return lambda: args["x"] @ args["v"].T
+def calls_of(k: Layer, q: int, rank: int):
+    return low_rank_calls(k, q, rank) if rank else dense_calls(k, q)
 
 
-def table(rounds=9):
-    print(f"{torch.get_num_threads()} thread(s), {DEVICE}, {DTYPE}; ms (gemms, peak MB)")
-    for shape in SHAPES:
-        args = make(*shape)
-        calls = {k: partial(f, **args) for k, f in IMPLEMENTATIONS.items()}
-        times = interleaved({**calls, "gemm": gemm_caller(args)}, rounds)
-        cells = [
-            f"{k} {times[k] * 1e3:.1f} ({times[k] / times['gemm']:.2f}, {peak_mb(c):.0f} MB)"
-            for k, c in calls.items()
-        ]
-        ratio = times["torch"] / times["u2a"]
-        print(f"{shape} {'  '.join(cells)}  torch/u2a {ratio:.2f}", flush=True)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("case", CASES)
+def test_grad_dot(benchmark, name, case):
+    if name == "torch at once" and not CASES[case][2]:
+        pytest.skip("for factors only")
+    benchmarked(benchmark, *calls_of(*CASES[case]), name)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
-    table()
+    table({label: partial(calls_of, *c) for label, c in CASES.items()})

@@ -3,7 +3,10 @@
 
 #include "isa.h"
 
-// out[r] = <y[r, :], g[r, :]>
-U2A_DECLARE_SIMD(void row_dot(const float* y, const float* g, int64_t rows, int64_t d, float* out))
-U2A_DECLARE_SIMD(void row_dot(const double* y, const double* g, int64_t rows, int64_t d,
-                              double* out))
+// out[r] += <y[r, :], g[r, :]> for rows of d numbers, g's g_stride apart.
+#define U2A_DECLARE_DOT(T) \
+  U2A_DECLARE_SIMD(        \
+      void row_dot(const T* y, const T* g, int64_t rows, int64_t d, int64_t g_stride, T* out))
+U2A_DECLARE_DOT(float)
+U2A_DECLARE_DOT(double)
+#undef U2A_DECLARE_DOT

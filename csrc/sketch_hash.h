@@ -13,7 +13,7 @@
 namespace u2a {
 
 constexpr uint32_t kSketchTag = 0x55324153u;  // "U2AS"
-constexpr uint32_t kOutputs = 0, kInputs = 1;
+constexpr uint32_t kOutputs = 0, kInputs = 1, kEntries = 4;
 
 U2A_HD inline uint32_t sketch_hash(uint64_t seed, uint32_t stream, uint64_t coordinate) {
   uint32_t c0 = static_cast<uint32_t>(coordinate), c1 = static_cast<uint32_t>(coordinate >> 32);

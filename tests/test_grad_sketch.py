@@ -8,9 +8,16 @@ import pytest
 import torch
 
 import u2a_kernels
-from cases.grad_sketch import philox, sign_matrix, words
+from cases.grad_sketch import (
+    KINDS,
+    philox,
+    rademacher_matrix,
+    sign_matrix,
+    sjlt_matrix,
+    words,
+)
 from u2a_kernels.ops import grad_sketch as op
-from u2a_kernels.testing import offsets_of, randn
+from u2a_kernels.testing import assert_within_budget, offsets_of, randn
 
 IMPLEMENTATIONS = {
     "op": torch.ops.u2a.grad_sketch.default,
@@ -56,6 +63,79 @@ def test_unit_vectors_show_every_hash_and_sign(name, seed):
     assert torch.equal(IMPLEMENTATIONS[name](x, g, offsets, k, seed), want.float())
 
 
+ENTRIES = {
+    0: [0x4A0B4A78, 0xCB5E38DE, 0x50B0C8D6, 0x489702D9],
+    0x0123456789ABCDEF: [0x1E0B2A4F, 0xC8FD602F, 0xB5F74BC4, 0xC5A06818],
+}
+FEATURES_128 = {
+    0: [0xE52BE418, 0xCDDD3C65, 0xF0C1DE79, 0x4756C452],
+    0x0123456789ABCDEF: [0x77303282, 0xCC676144, 0x90F65CA7, 0x5127B111],
+}
+
+
+@pytest.mark.parametrize("seed", ENTRIES)
+def test_hashes_of_entries_are_fixed(seed):
+    """Words 0 of the first two rows and columns, and the signs of features 128 .. 255 at (1, 2)."""
+    o, i = torch.arange(2)[:, None], torch.arange(2)
+    assert op.philox(seed, i, o, 4)[0].flatten().tolist() == ENTRIES[seed]
+    one, two = torch.tensor(1), torch.tensor(2)
+    assert [int(w) for w in op.philox(seed, two, one, 20)] == FEATURES_128[seed]
+    signs = rademacher_matrix(seed, 2, 3, 256)[128:, 1, 2]
+    bits = [w >> b & 1 for w in FEATURES_128[seed] for b in range(32)]
+    assert (signs < 0).int().tolist() == bits
+
+
+@pytest.mark.parametrize("seed", [0, 7, (1 << 63) - 1])
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+@pytest.mark.parametrize("name", ["op", "reference", "triton"])
+@pytest.mark.parametrize("rows", [False, True], ids=["dense", "one-hot"])
+def test_unit_vectors_show_every_entry(name, rows, kind, seed):
+    """e_o e_i^T has the entry's column of the sketch, exactly: k = 256 are two blocks of signs."""
+    k, d_in, d_out = 256, 5, 4
+    x, g = torch.eye(d_in).repeat(d_out, 1), torch.arange(d_out).repeat_interleave(d_in)
+    offsets = torch.arange(d_in * d_out + 1)
+    g = g if rows else torch.nn.functional.one_hot(g).float()
+    matrix = sjlt_matrix if kind == "sjlt" else rademacher_matrix
+    want = matrix(seed, d_out, d_in, k).flatten(1).T.float()
+    last = KINDS.index(kind) if rows else kind == "rademacher"
+    sketch = {
+        "op": torch.ops.u2a.grad_sketch_rows if rows else torch.ops.u2a.grad_sketch_entries,
+        "reference": op.reference_rows if rows else op.reference_entries,
+        "triton": op.rows_triton if rows else op.entries_triton,
+    }[name]
+    assert torch.equal(sketch(x, g, offsets, k, seed, last), want)
+
+
+@pytest.mark.parametrize("name", ["op", "reference", "triton"])
+@pytest.mark.parametrize("seed", [1, 0x0123456789ABCDEF])
+def test_row_numbers_show_every_hash_and_sign(name, seed):
+    """Beyond any table's size: the features of row o and input i, for o up to 2^31 - 1."""
+    k, d = 64, 6
+    numbers = torch.tensor([0, 5, 128_255, (1 << 31) - 1])
+    x, g = torch.eye(d).repeat(4, 1), numbers.repeat_interleave(d)
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    word = [philox((int(o), 0, 0, 0x55324153), key)[0] for o in numbers]
+    out = [[(-1) ** ((w >> 31) + (j & w & (k - 1)).bit_count()) for j in range(k)] for w in word]
+    p_in = sign_matrix(seed, 1, d, k).T
+    want = (torch.tensor(out)[:, None] * p_in / k**0.5).flatten(0, 1).float()
+    sketch = {
+        "op": torch.ops.u2a.grad_sketch_rows,
+        "reference": op.reference_rows,
+        "triton": op.rows_triton,
+    }[name]
+    assert torch.equal(sketch(x, g, torch.arange(4 * d + 1), k, seed, 0), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_numbers_equal_unit_vectors(kind):
+    x, numbers, offsets = randn(60, 21, seed=1), torch.arange(60) * 5 % 17, offsets_of([40, 0, 20])
+    unit = torch.nn.functional.one_hot(numbers, 17).float()
+    got = u2a_kernels.grad_sketch(x, numbers, offsets, 256, 3, kind=kind)
+    want = u2a_kernels.grad_sketch(x, unit, offsets, 256, 3, kind=kind)
+    exact = u2a_kernels.grad_sketch(x.double(), unit.double(), offsets, 256, 3, kind=kind)
+    assert_within_budget(got, exact, want)
+
+
 def variance(u, v, k):
     """Of <sketch(u), sketch(v)> over independent uniform hashes and signs, exactly.
 
@@ -71,19 +151,47 @@ def variance(u, v, k):
     return total / k
 
 
-def test_inner_products_are_unbiased_with_the_predicted_variance():
+def variance_of_entries(u, v, k):
+    """The same where every entry has signs (and a bucket) of its own: no pair shares a row."""
+    return ((u**2).sum() * (v**2).sum() + (u * v).sum() ** 2 - 2 * (u**2 * v**2).sum()) / k
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inner_products_are_unbiased_with_the_predicted_variance(kind):
     k, seeds = 16, 4000
     x, g = randn(5, 6, seed=1, dtype=torch.float64), randn(5, 4, seed=2, dtype=torch.float64)
     offsets = offsets_of([3, 2])
     u, v = g[:3].T @ x[:3], g[3:].T @ x[3:]
-    features = torch.stack([u2a_kernels.grad_sketch(x, g, offsets, k, s) for s in range(seeds)])
+    features = torch.stack(
+        [u2a_kernels.grad_sketch(x, g, offsets, k, s, kind=kind) for s in range(seeds)]
+    )
     for other, exact in ((1, v), (0, u)):
         draws = (features[:, 0] * features[:, other]).sum(1)
-        predicted = variance(u, exact, k)
+        predicted = (variance if kind == "tensorsketch" else variance_of_entries)(u, exact, k)
         sigma = (predicted / seeds).sqrt()
         assert (draws.mean() - (u * exact).sum()).abs() < 4 * sigma
         squares = (draws - (u * exact).sum()) ** 2
         assert (squares.mean() - predicted).abs() < 4 * squares.std() / seeds**0.5
+
+
+def test_integer_sums_of_sjlt_keep_the_range_of_float32():
+    """Examples of sizes from 1e-36 to 1e36, each as exact as the reference, and one that is not
+    finite: it alone is NaN, as is one whose bound overflows though its gradient is finite."""
+    x, g = randn(12, 33, seed=1), randn(12, 9, seed=2)
+    size = torch.tensor([1e-18, 1.0, 1e18, 1e-10, 1e17, 1e3]).repeat_interleave(2)[:, None]
+    x, g = x * size, g * size
+    offsets = offsets_of([2] * 6)
+    got = op.entries_triton(x, g, offsets, 64, 3, False)
+    exact = op.reference_entries(x.double(), g.double(), offsets, 64, 3, False)
+    own = op.reference_entries(x, g, offsets, 64, 3, False)
+    for b in range(6):
+        assert_within_budget(got[b], exact[b], own[b], f"example {b}")
+    for bad in (float("inf"), float("nan"), 3e38):
+        x[4] = bad
+        spoiled = op.entries_triton(x, g, offsets, 64, 3, False)
+        assert spoiled[2].isnan().all()
+        keep = [0, 1, 3, 4, 5]
+        assert torch.equal(spoiled[keep], got[keep])
 
 
 def test_modules_with_their_own_seeds_add_in_place():
@@ -142,6 +250,10 @@ parts = []
 for t in (torch.float32, torch.float64, torch.bfloat16):
     xt, gt = x.to(t), g.to(t)
     parts += [u2a_kernels.grad_sketch(xt, gt, offsets, k, 5) for k in (2, 64, 256, 2048)]
+    parts.append(u2a_kernels.grad_sketch(xt, gt, offsets, 65536, 5))
+    for kind in ("tensorsketch", "sjlt", "rademacher"):
+        parts.append(u2a_kernels.grad_sketch(xt, torch.arange(40) % 7, offsets, 256, 5, kind=kind))
+        parts.append(u2a_kernels.grad_sketch(xt, gt, offsets, 256, 5, kind=kind))
     parts.append(u2a_kernels.grad_dot(xt, gt, offsets, v.to(t)))
 print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest())
 """

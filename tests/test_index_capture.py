@@ -1,5 +1,7 @@
 """The capture engine: batches, checkpointing, autocast, compile, refusals, kinds of features."""
 
+from functools import partial
+
 import pytest
 import tiny_index
 import torch
@@ -47,14 +49,16 @@ def test_checkpointing_counts_each_module_once(spec):
     assert relative(again, want) < 1e-13
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=IDS)
-def test_compiled_backbone(spec):
-    """One graph, no break: the taps are ordinary operations."""
+@pytest.mark.parametrize("spec", SPECS[1:], ids=IDS[1:])
+def test_compiled_backbone(spec, monkeypatch):
+    """One graph, no break: the taps are ordinary operations. aot_eager: inductor takes a minute."""
     torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, data = tiny_index.make("llama", torch.float32), tiny_index.rows()
-    want = features(model, data, nll, spec, settings=Settings(batch_tokens=10))
-    got = features(model, data, nll, spec, settings=Settings(batch_tokens=10, compile=True))
-    assert relative(got, want) < 1e-4
+    model.model.layers = model.model.layers[:1]
+    want = features(model, data, nll, spec, settings=Settings(batch_tokens=20))
+    got = features(model, data, nll, spec, settings=Settings(batch_tokens=20, compile=True))
+    assert relative(got, want) < 1e-5
 
 
 def test_bf16_autocast_is_as_close_as_autograd_itself():

@@ -10,9 +10,11 @@ import torch
 from tiny_models import direction, make, rows
 from torch.testing import assert_close
 
+import u2a
 import u2a_kernels
-from u2a.batch import collate
+from u2a.batch import Pair, collate
 from u2a.config import load_config
+from u2a.losses import dpo_objective, get_loss
 from u2a.tree import dot
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -43,7 +45,7 @@ def test_scan_ranks_what_hurts():
         retain_batches=[collate(rows(2), [0, 1, 2, 3, 4])],
         ref=torch.full((4,), -9.0, dtype=torch.float64),
     )
-    exec(block("python", "u2a.scan"), names)
+    exec(block("python", "u2a.solve"), names)
     v, gain = names["v"], names["gain"]
     assert set(v) == set(direction(model, 0))
     assert names["worst"].tolist() == gain.argsort(descending=True)[:3].tolist()
@@ -51,6 +53,21 @@ def test_scan_ranks_what_hurts():
     for weight, found in zip(torch.eye(len(data), dtype=torch.float64), gain, strict=True):
         exact = names["u2a"].gradient(model, [batch], loss, weights=weight)
         assert_close(found, -dot(exact, v), rtol=1e-5, atol=1e-5 * float(gain.abs().max()))
+
+
+def test_index_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, data = make("llama", lora=True), rows()
+    pairs = [Pair(str(i), data[i], data[i + 1]) for i in range(3)]
+    names = dict(
+        model=model, rows=data, pairs=pairs, pair_ref=torch.full((6,), -9.0), u2a=u2a,
+        get_loss=get_loss, dpo_objective=dpo_objective,
+    )  # fmt: skip
+    exec(block("python", "u2a.index"), names)
+    index, q = names["index"], names["q"]
+    assert names["hurtful"].shape == (len(data),) and index.dim == 4096
+    worst = (index.features() @ q.float()).argsort()[:3]
+    assert sorted(names["at"].tolist()) == sorted(worst.tolist())
 
 
 def test_configuration_is_accepted(tmp_path):
@@ -70,7 +87,8 @@ def test_table_says_who_serves():
         served = {name: {d: "" for d in who} for name, who in served.items()}  # names only
     found = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| ([^|]+) \|$", README, re.M)
     assert [name for name, _, _ in found if name not in u2a_kernels.__all__] == []
-    assert {name for name, _, _ in found} == set(u2a_kernels.__all__)
+    helpers = {"Rademacher", "rademacher"}
+    assert {name for name, _, _ in found} == set(u2a_kernels.__all__) - helpers
     for name, cpu, cuda in found:
         op = "linear_logp" if name == "linear_cross_entropy" else name
         who = served.get(op) or served[f"{op}_fwd"]

@@ -1,6 +1,7 @@
-"""grad_sketch: ragged, single, blocked and empty inputs; the oracle sketches each formed gradient.
+"""grad_sketch, every kind, g dense or one-hot: ragged, single, blocked, long and empty inputs.
 
-Philox and the sign matrix are written again here, in Python integers.
+The oracle sketches each formed gradient; Philox and the sign matrices are written again here, in
+Python integers. "long" is formed on the CPU where "wide" goes token by token.
 """
 
 import functools
@@ -18,10 +19,12 @@ SHAPES = {
     "one": ([1], 1, 1, 2, 0),
     "prime": ([31, 2], 37, 67, 128, (1 << 63) - 1),
     "wide": ([3, 2], 23, 19, 512, 5 << 32),
+    "long": ([90, 0, 41], 5, 6, 1024, 3),
     "empty": ([0, 0], 5, 3, 4, 1),
     "no-examples": ([], 4, 4, 8, 1),
 }
 LOW = 0xFFFFFFFF
+KINDS = ("tensorsketch", "sjlt", "rademacher")
 
 
 def philox(counter, key):
@@ -50,6 +53,35 @@ def sign_matrix(seed, stream, n, k):
     return torch.tensor(columns, dtype=torch.float64).T
 
 
+@functools.cache
+def entry_words(seed, n_out, n_in, stream):
+    """Four words of each entry (o, i), [n_out][n_in]."""
+    key = (seed & LOW, seed >> 32)
+    return [[philox((i, o, stream, 0x55324153), key) for i in range(n_in)] for o in range(n_out)]
+
+
+@functools.cache
+def sjlt_matrix(seed, n_out, n_in, k):
+    """[k, n_out, n_in] float64, one non-zero per entry."""
+    m = torch.zeros(k, n_out, n_in, dtype=torch.float64)
+    for o, row in enumerate(entry_words(seed, n_out, n_in, 4)):
+        for i, w in enumerate(row):
+            m[w[0] & (k - 1), o, i] = (-1) ** (w[0] >> 31)
+    return m
+
+
+@functools.cache
+def rademacher_matrix(seed, n_out, n_in, k):
+    """[k, n_out, n_in] float64, signs over sqrt(k)."""
+    blocks = []
+    for block in range(-(-k // 128)):
+        words = torch.tensor(entry_words(seed, n_out, n_in, 4 + 8 * (1 + block)))
+        words = words.view(n_out, n_in, 4)
+        bits = torch.stack([words >> b & 1 for b in range(32)], -1).view(n_out, n_in, 128)
+        blocks.append((1 - 2 * bits).permute(2, 0, 1))
+    return torch.cat(blocks)[:k].double() / k**0.5
+
+
 def inputs(variant, dtype):
     lengths, d_in, d_out, k, seed = SHAPES[variant]
     n = sum(lengths)
@@ -71,12 +103,63 @@ def oracle(x, g, offsets, k, seed):
     return torch.stack(rows) if rows else x.new_zeros(0, k)
 
 
+def oracle_of(kind):
+    if kind == "tensorsketch":
+        return lambda x, g, offsets, k, seed, kind: oracle(x, g, offsets, k, seed)
+    matrix = sjlt_matrix if kind == "sjlt" else rademacher_matrix
+
+    def of_entries(x, g, offsets, k, seed, kind):
+        m = matrix(seed, g.shape[1], x.shape[1], k).to(x.dtype)
+        bounds = zip(offsets[:-1], offsets[1:], strict=True)
+        rows = [torch.einsum("koi,oi->k", m, g[s:e].T @ x[s:e]) for s, e in bounds]
+        return torch.stack(rows) if rows else x.new_zeros(0, k)
+
+    return of_entries
+
+
+def one_hot(function):
+    """`function` given g as the matrix of the unit vectors that int64 g stands for."""
+
+    def call(x, g, **rest):
+        unit = torch.nn.functional.one_hot(g, 1 + int(g.max()) if len(g) else 1)
+        return function(x, unit.to(x.dtype), **rest)
+
+    return call
+
+
+def inputs_of(kind, rows=False):
+    def make(variant, dtype):
+        args = inputs(variant, dtype) | dict(kind=kind)
+        if rows:
+            n, d_out = args["g"].shape
+            args["g"] = torch.arange(n).mul(7).add(3).remainder(d_out)
+        return args
+
+    return make
+
+
+def launchers(triton, reference, last):
+    """Both with the public signature; on meta tensors (tests/aot.py) a reference has no values."""
+
+    def call(launcher):
+        return lambda x, g, offsets, k, seed, kind: launcher(x, g, offsets, k, seed, last)
+
+    def plain(x, **rest):
+        return None if x.is_meta else call(reference)(x, **rest)
+
+    return {"triton": call(triton), "reference": plain}
+
+
+def operands(args, *last):
+    return (args["x"], args["g"], args["offsets"], args["k"], args["seed"], *last)
+
+
 CASES = [
     Case(
         name="grad_sketch",
         public=u2a_kernels.grad_sketch,
         overload=torch.ops.u2a.grad_sketch.default,
-        op_args=lambda a: (a["x"], a["g"], a["offsets"], a["k"], a["seed"]),
+        op_args=operands,
         inputs=inputs,
         oracle=oracle,
         variants=list(SHAPES),
@@ -88,6 +171,11 @@ CASES = [
                 changed(g=lambda a: a["g"][:-1]),
                 ValueError,
                 r"grad_sketch: g must be \[N, d_out\] = \[23, 7\], got \[22, 7\]",
+            ),
+            "kind": (
+                changed(kind=lambda a: "gaussian"),
+                ValueError,
+                r"grad_sketch: kind must be 'tensorsketch' or 'sjlt' or 'rademacher', got 'gau",
             ),
             "features": (
                 changed(k=lambda a: 48),
@@ -125,20 +213,67 @@ CASES = [
                 r"grad_sketch: offsets must be 0 first and N = 23",
             ),
         },
-    )
+    ),
+    *(
+        Case(
+            name=f"grad_sketch-{kind}",
+            public=u2a_kernels.grad_sketch,
+            overload=torch.ops.u2a.grad_sketch_entries.default,
+            op_args=lambda a: operands(a, a["kind"] == "rademacher"),
+            inputs=inputs_of(kind),
+            oracle=oracle_of(kind),
+            variants=list(SHAPES),
+            differentiable=("x", "g"),
+            spoil=spoil,
+            launchers=launchers(op.entries_triton, op.reference_entries, kind == "rademacher"),
+            errors={},
+        )
+        for kind in ("sjlt", "rademacher")
+    ),
+    *(
+        Case(
+            name=f"grad_sketch-{kind}-rows",
+            public=u2a_kernels.grad_sketch,
+            overload=torch.ops.u2a.grad_sketch_rows.default,
+            op_args=lambda a: operands(a, KINDS.index(a["kind"])),
+            inputs=inputs_of(kind, rows=True),
+            oracle=one_hot(oracle_of(kind)),
+            variants=list(SHAPES),
+            differentiable=("x",),
+            spoil=spoil,
+            launchers=launchers(op.rows_triton, op.reference_rows, number),
+            errors={
+                "tokens": (
+                    changed(g=lambda a: a["g"][:-1]),
+                    ValueError,
+                    r"grad_sketch: g must be \[N\] where it is int64 = \[23\], got \[22\]",
+                ),
+                "negative": (
+                    changed(g=lambda a: a["g"] - 4),
+                    ValueError,
+                    r"grad_sketch: g must be row numbers from 0 to 2\^31 - 1, got -1",
+                ),
+            },
+        )
+        for number, kind in enumerate(KINDS)
+    ),
 ]
 
 
 def aot_inputs(dtype):
     """Sizes of a 7B model's MLP: long and short examples, a usual and a large sketch."""
     for n, b, k in ((8192, 16, 4096), (2048, 128, 65536)):
-        yield (
-            "grad_sketch",
-            dict(
+        for kind in KINDS:
+            args = dict(
                 x=torch.empty(n, 4096, dtype=dtype, device="meta"),
                 g=torch.empty(n, 11008, dtype=dtype, device="meta"),
                 offsets=torch.empty(b + 1, dtype=torch.int32, device="meta"),
                 k=k,
                 seed=0,
-            ),
-        )
+                kind=kind,
+            )
+            rows = args | dict(g=torch.empty(n, dtype=torch.int64, device="meta"))
+            yield f"grad_sketch-{kind}-rows", rows
+            if kind == "tensorsketch":
+                del args["kind"]
+            yield "grad_sketch" if kind == "tensorsketch" else f"grad_sketch-{kind}", args

@@ -44,12 +44,13 @@ FAMILIES = {
     "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe",
 }  # fmt: skip
 for _package, _family in FAMILIES.items():
-    for _suffix, _handler in {
+    _own: dict[str, Handler] = {
         "RMSNorm": partial(modules.rms_norm, heads_first=_package == "gemma3"),
         "TextScaledWordEmbedding": modules.embedding,
         "Experts": experts.experts,
         "TopKRouter": experts.router,
-    }.items():
+    }
+    for _suffix, _handler in _own.items():
         TABLE[f"transformers.models.{_package}.modeling_{_package}.{_family}{_suffix}"] = _handler
 # The same function in one operation that saves its input only; theirs keep five arrays.
 FUSED: dict[str, modules.Forward] = {
@@ -132,7 +133,7 @@ class Capture:
         slots = site.slots.get(id(weight)), site.slots.get(id(bias))
         site.used |= {id(weight), id(bias)}
         return Head.apply(
-            logp, *slots, h.detach(), weight, bias, batch.target, batch.answers, batch.row, facts
+            logp, *slots, h.detach(), weight, bias, batch.target, batch.answers, facts
         )
 
     def features(
@@ -151,8 +152,8 @@ class Capture:
         slots = self.open_slots(len(batch), batch.offsets, owner)
         with torch.enable_grad(), running(batch):
             total = loss(self.answer_logps(batch, ref)).sum()
-            found = torch.autograd.grad(total, slots, allow_unused=True)
-        found = [torch.zeros_like(s) if f is None else f for f, s in zip(found, slots, strict=True)]
+            grads = torch.autograd.grad(total, slots, allow_unused=True)
+        found = [torch.zeros_like(s) if f is None else f for f, s in zip(grads, slots, strict=True)]
         return torch.cat([f.flatten(1) for f in found], 1)
 
     def check_used(self) -> None:

@@ -40,34 +40,33 @@ class Site:
     def captured(self, p: Tensor | None) -> bool:
         return p is not None and id(p) in self.rules
 
-    def layout(self, rows: int, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """(offsets, owner) for `rows` rows, a multiple of the tokens with each token's together."""
-        owner = self.owner if not _tokens else self.owner[_tokens[-1]]
-        n = owner.shape[0]
-        if rows != n * (rows // n if n else 0):
+    def layout(self, rows: int, module: nn.Module) -> Tensor:
+        """Offsets of the examples among `rows` rows, a multiple of the tokens, each token's rows
+        together."""
+        n = _tokens[-1].shape[0] if _tokens else self.owner.shape[0]
+        times = rows // n if n else 0
+        if rows != n * times:
             raise RuntimeError(
                 f"u2a.index: {path(type(module))} ran on {rows} rows where {n} tokens are known; "
                 "say which they are (u2a.index.tokens), or exclude its parameters"
             )
-        if rows > n:
-            owner = owner.repeat_interleave(rows // n)
-        if rows == self.owner.shape[0] and not _tokens:
-            return self.offsets, owner
-        examples = torch.arange(self.offsets.shape[0], device=owner.device)
-        return torch.searchsorted(owner, examples).to(torch.int32), owner
+        if not _tokens:
+            return self.offsets if times == 1 else self.offsets * times
+        examples = torch.arange(self.offsets.shape[0], device=self.owner.device)
+        return (torch.searchsorted(self.owner[_tokens[-1]], examples) * times).to(torch.int32)
 
     def outer(self, y: Tensor, x: Tensor, p: Tensor, module: nn.Module) -> Tensor:
         """Taps y, linear in p with inputs x `[..., d_in]`."""
         x = x.detach().reshape(-1, x.shape[-1]).to(y.dtype)
-        offsets, _ = self.layout(x.shape[0], module)
+        offsets = self.layout(x.shape[0], module)
         slot, rule = self.take(p)
         return Outer.apply(y, slot, rule.keep(x), offsets, rule, 0)
 
     def rows(self, y: Tensor, p: Tensor, module: nn.Module, scale: Tensor | None = None) -> Tensor:
         """Taps y, whose gradient in p is that in y (times `scale`), summed over tokens."""
-        _, owner = self.layout(y.numel() // y.shape[-1], module)
+        offsets = self.layout(y.numel() // y.shape[-1], module)
         slot, rule = self.take(p)
-        return Rows.apply(y, slot, scale, owner, rule)
+        return Rows.apply(y, slot, scale, offsets, rule)
 
 
 _tokens: list[Tensor] = []
@@ -116,7 +115,7 @@ def linear(module: Any, site: Site) -> Forward:
 def lookup(site: Site, module: nn.Embedding, ids: Tensor) -> Tensor:
     y = F.embedding(ids, module.weight, module.padding_idx)
     ids = ids.reshape(-1)
-    offsets, _ = site.layout(ids.shape[0], module)
+    offsets = site.layout(ids.shape[0], module)
     skip = -1 if module.padding_idx is None else module.padding_idx
     slot, rule = site.take(module.weight)
     return Lookup.apply(y, slot, ids, offsets, rule, skip)

@@ -21,7 +21,9 @@ from u2a_kernels import grad_project, grad_sketch, rademacher
 class Rule(Protocol):
     """How one parameter's per-example gradients become numbers."""
 
-    shape: tuple[int, ...]  # per example
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example's features."""
 
     def keep(self, x: Tensor) -> Tensor:
         """What of the inputs `[N, d_in]` the backward needs."""
@@ -126,12 +128,13 @@ class Kronecker:
     def rule(self, name: str, shape: tuple[int, ...], like: Tensor) -> Rule:
         seed, d_out = seed_of(self.seed, name), shape[-2] if len(shape) > 1 else shape[0]
         d_in = shape[-1] if len(shape) > 1 else 1
-        options = {"dtype": like.dtype, "device": like.device}
-        return _Kronecker(
-            shape,
-            rademacher(self.k_in, d_in, seed, "in", **options) if self.k_in < d_in else None,
-            rademacher(self.k_out, d_out, seed, "out", **options) if self.k_out < d_out else None,
-        )
+
+        def made(k: int, d: int, side: str) -> Tensor | None:
+            if k >= d:
+                return None
+            return rademacher(k, d, seed, side, dtype=like.dtype, device=like.device)
+
+        return _Kronecker(shape, made(self.k_in, d_in, "in"), made(self.k_out, d_out, "out"))
 
     def describe(self) -> dict[str, Any]:
         sizes = {"k_in": self.k_in, "k_out": self.k_out, "seed": self.seed}

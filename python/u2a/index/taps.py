@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from u2a.index.spec import Rule
+from u2a_kernels import grad_project
 
 LOGITS = 1 << 22  # logits made again at a time in the backward of a trainable head
 
@@ -69,19 +70,23 @@ class Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, slot: Tensor, scale: Tensor | None, owner: Tensor, rule: Rule
+        ctx: Any, y: Tensor, slot: Tensor, scale: Tensor | None, offsets: Tensor, rule: Rule
     ) -> Tensor:
-        ctx.save_for_backward(scale, owner)
-        ctx.rule, ctx.examples, ctx.like = rule, slot.shape[0], slot.dtype
+        ctx.save_for_backward(scale, offsets)
+        ctx.rule, ctx.like = rule, slot.dtype
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        scale, owner = ctx.saved_tensors
+        scale, offsets = ctx.saved_tensors
         g = grads[0] if scale is None else grads[0] * scale
-        g = g.reshape(owner.shape[0], -1, g.shape[-1]).sum(1, dtype=ctx.like)
-        sums = g.new_zeros(ctx.examples, g.shape[-1]).index_add_(0, owner, g)
-        return grads[0], ctx.rule.rows(sums).to(ctx.like), None, None, None
+        found = ctx.rule.rows(_sums(g.reshape(-1, g.shape[-1]), offsets))
+        return grads[0], found.to(ctx.like), None, None, None
+
+
+def _sums(g: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of the rows `[M, d]` of every example, `[B, d]`, in a fixed order on every device."""
+    return grad_project(g.new_ones(g.shape[0], 1), g, offsets, None, None)[:, :, 0]
 
 
 class HeadFacts(NamedTuple):
@@ -101,17 +106,16 @@ class Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logp: Tensor, slot: Tensor | None, bias_slot: Tensor | None, h: Tensor,
-        weight: Tensor, bias: Tensor | None, target: Tensor, offsets: Tensor, owner: Tensor,
-        facts: HeadFacts,
+        weight: Tensor, bias: Tensor | None, target: Tensor, offsets: Tensor, facts: HeadFacts,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(h, weight, bias, target, offsets, owner)
+        ctx.save_for_backward(h, weight, bias, target, offsets)
         ctx.facts = facts
         ctx.slots = [None if s is None else (s.shape, s.dtype) for s in (slot, bias_slot)]
         return logp.view_as(logp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        h, weight, bias, target, offsets, owner = ctx.saved_tensors
+        h, weight, bias, target, offsets = ctx.saved_tensors
         facts, (like, bias_like) = ctx.facts, ctx.slots
         found = sums = None
         if like:
@@ -122,13 +126,13 @@ class Head(torch.autograd.Function):
         for start in range(0, h.shape[0], step):
             rows = slice(start, min(start + step, h.shape[0]))
             gz = _logit_gradient(grads[0][rows], h[rows], weight, bias, target[rows], facts.softcap)
+            inside = (offsets - start).clamp(0, gz.shape[0])
             if found is not None:
-                inside = (offsets - start).clamp(0, gz.shape[0])
                 found += facts.weight.outer(facts.weight.keep(h[rows]), gz, inside)
             if sums is not None:
-                sums.index_add_(0, owner[rows], gz.to(sums.dtype))
+                sums += _sums(gz, inside)
         bias_found = None if sums is None else facts.bias.rows(sums)
-        return (grads[0], found, bias_found, *[None] * 7)
+        return (grads[0], found, bias_found, *[None] * 6)
 
 
 def _logit_gradient(
