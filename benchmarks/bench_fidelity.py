@@ -178,8 +178,9 @@ def measure(seeds: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
         "u2a.index Kronecker(16, 16)": partial(Kronecker, SIDE, SIDE),
         "u2a.index Sketch(1024)": partial(Sketch, 1024),
         "u2a.index Sketch(4096)": partial(Sketch, 4096),
+        "u2a.index Sketch(4096, sjlt)": partial(Sketch, 4096, kind="sjlt"),
     }.items():
-        draw = partial(lambda spec, seed: features(model, rows, nll, spec(seed)), spec)
+        draw = partial(lambda spec, seed: features(model, rows, nll, spec(seed=seed)), spec)
         draws[name] = min(seeds, INDEX_SEEDS), draw
     for name, (count, draw) in draws.items():
         found[name] = [draw(seed) for seed in range(count)]
