@@ -63,7 +63,7 @@ def _segment_kernel(part, offsets, out, N, Q, SPLITS, BN: tl.constexpr):
 
 @triton.jit
 def _formed_kernel(
-    x, g, offsets, v, part, Q, D_in, D_out, TILEsl_O, TILES,
+    x, g, offsets, v, part, Q, D_in, D_out, TILES_O, TILES,
     sx_n, sx_i, sg_n, sg_o, sv_q, sv_o, sv_i,
     BO: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +72,8 @@ def _formed_kernel(
     tile = tl.program_id(0) % TILES
     start = tl.load(offsets + b).to(tl.int64)
     end = tl.load(offsets + b + 1).to(tl.int64)
-    o = (tile % TILEsl_O) * BO + tl.arange(0, BO).to(tl.int64)
-    i = (tile // TILEsl_O) * BI + tl.arange(0, BI).to(tl.int64)
+    o = (tile % TILES_O) * BO + tl.arange(0, BO).to(tl.int64)
+    i = (tile // TILES_O) * BI + tl.arange(0, BI).to(tl.int64)
     acc = gradient_tile(
         x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o, BO, BI, BN, DOT, PREC
     )

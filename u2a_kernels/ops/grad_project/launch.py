@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from u2a_kernels._philox import TAG
 from u2a_kernels._triton import INTERPRET, dot_dtype, dot_precision, triton
-from u2a_kernels.ops.grad_project.rademacher import INPUTS, OUTPUTS, TAG
+from u2a_kernels.ops.grad_project.rademacher import INPUTS, OUTPUTS
 from u2a_kernels.ops.grad_project.reference import reference, width
 from u2a_kernels.ops.grad_project.triton import project_kernel, rows_kernel, sum_kernel
 

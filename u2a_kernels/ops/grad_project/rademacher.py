@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from u2a_kernels._checks import FLOATS, wanted
+from u2a_kernels._philox import philox
 
-TAG = 0x55324153
 OUTPUTS, INPUTS = 2, 3
 STREAMS = {"out": OUTPUTS, "in": INPUTS}
-LOW = 0xFFFFFFFF
 
 
 class Rademacher(NamedTuple):
@@ -74,25 +73,6 @@ def signs(k: int, columns: Tensor, seed: int, stream: int) -> Tensor:
     """sqrt(k) P at the given columns, int64 `[k, n]`."""
     j = torch.arange(k, device=columns.device)
     blocks = torch.arange((k + 127) // 128, device=columns.device)
-    word = _philox(columns[None], blocks[:, None], seed, stream)  # 4 of [blocks, n]
+    word = philox(seed, columns[None], blocks[:, None], stream)  # 4 of [blocks, n]
     rows = torch.stack(word, 1).flatten(0, 1)[j >> 5]
     return 1 - 2 * (rows >> (j & 31)[:, None] & 1)
-
-
-def _philox(c0: Tensor, c1: Tensor, seed: int, stream: int) -> tuple[Tensor, ...]:
-    """The four words of Philox4x32-10, int64 holding 32 bits each."""
-
-    def mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a 32 x 32 bit product, in int64 without overflow."""
-        upper, lower = a * (b >> 16), a * (b & 0xFFFF)
-        return (upper + (lower >> 16)) >> 16, (lower + ((upper & 0xFFFF) << 16)) & LOW
-
-    c0, c1 = torch.broadcast_tensors(c0, c1)
-    c2, c3 = torch.full_like(c0, stream), torch.full_like(c0, TAG)
-    k0, k1 = seed & LOW, seed >> 32
-    for _ in range(10):
-        hi0, lo0 = mul(0xD2511F53, c0)
-        hi1, lo1 = mul(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return c0, c1, c2, c3

@@ -7,33 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from u2a_kernels._philox import LOW, philox
 from u2a_kernels._segments import accum_dtype, segment_ids, segments
 
-TAG = 0x55324153
 OUTPUTS, INPUTS, ENTRIES = 0, 1, 4
 KINDS = ("tensorsketch", "sjlt", "rademacher")
 TENSORSKETCH, SJLT, RADEMACHER = range(3)
 CHUNK = 1 << 22
-LOW = 0xFFFFFFFF
-
-
-def philox(seed: int, c0: Tensor, c1: Tensor, stream: int) -> tuple[Tensor, ...]:
-    """Four words of Philox4x32-10 for counters (c0, c1, stream, tag), int64 holding 32 bits."""
-
-    def mul(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a 32 x 32 bit product, in int64 without overflow."""
-        upper, lower = a * (b >> 16), a * (b & 0xFFFF)
-        return (upper + (lower >> 16)) >> 16, (lower + ((upper & 0xFFFF) << 16)) & LOW
-
-    c0, c1 = torch.broadcast_tensors(c0, c1)
-    c2, c3 = torch.full_like(c0, stream), torch.full_like(c0, TAG)
-    k0, k1 = seed & LOW, seed >> 32
-    for _ in range(10):
-        hi0, lo0 = mul(0xD2511F53, c0)
-        hi1, lo1 = mul(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return c0, c1, c2, c3
 
 
 def hash_of(seed: int, stream: int, c: Tensor) -> Tensor:

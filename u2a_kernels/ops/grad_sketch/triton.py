@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from u2a_kernels._philox import TAG
 from u2a_kernels._triton import dot_dtype, dot_precision, tl, triton
-from u2a_kernels.ops.grad_sketch.maps import TAG, reference, reference_rows
+from u2a_kernels.ops.grad_sketch.maps import reference, reference_rows
 
 
 @triton.jit

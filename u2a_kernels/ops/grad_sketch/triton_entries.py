@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from u2a_kernels._philox import TAG
+from u2a_kernels._tiles import gradient_tile
 from u2a_kernels._triton import dot_dtype, dot_precision, tl, triton
 from u2a_kernels.ops.grad_sketch.maps import (
     RADEMACHER,
-    TAG,
     TENSORSKETCH,
     reference_entries,
     reference_rows,
@@ -69,29 +70,6 @@ def _power(e):
 
 
 @triton.jit
-def _formed(
-    x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o,
-    BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """A tile [BO, BI] of one example's gradient; zero outside of it."""
-    tile = tl.zeros((BO, BI), tl.float32)
-    for n0 in range(start, end, BN):
-        n = n0 + tl.arange(0, BN)
-        bg = tl.load(
-            g + n[None, :] * sg_n + o[:, None] * sg_o,
-            mask=(n[None, :] < end) & (o[:, None] < D_out),
-            other=0.0,
-        )  # [BO, BN]
-        bx = tl.load(
-            x + n[:, None] * sx_n + i[None, :] * sx_i,
-            mask=(n[:, None] < end) & (i[None, :] < D_in),
-            other=0.0,
-        )  # [BN, BI]
-        tile = tl.dot(bg.to(DOT), bx.to(DOT), tile, input_precision=PREC)
-    return tile
-
-
-@triton.jit
 def _one_hot(x, g, n, end, i, D_in, sx_n, sx_i, sg_n):
     """The rows that tokens n hold of a one-hot gradient, and their numbers."""
     label = tl.load(g + n * sg_n, mask=n < end, other=0)
@@ -139,8 +117,8 @@ def _sjlt_kernel(
             _add(acc + b * K, tile, label, i, e, K, seed, inside, MAGIC)
     else:
         o = o0 + tl.arange(0, BO)
-        tile = _formed(
-            x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o, BN, BO, BI, DOT, PREC
+        tile = gradient_tile(
+            x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o, BO, BI, BN, DOT, PREC
         )
         inside = (o[:, None] < D_out) & (i[None, :] < D_in) & (e != -128)
         _add(acc + b * K, tile, o, i, e, K, seed, inside, MAGIC)
@@ -203,8 +181,8 @@ def _dense_kernel(
             tile, label = _one_hot(x, g, start + o, end, i, D_in, sx_n, sx_i, sg_n)
             sums += _signed_sums(tile, label, i, seed, block, MAGIC)
         else:
-            tile = _formed(
-                x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o, BN, BO, BI, DOT, PREC
+            tile = gradient_tile(
+                x, g, start, end, o, i, D_in, D_out, sx_n, sx_i, sg_n, sg_o, BO, BI, BN, DOT, PREC
             )
             sums += _signed_sums(tile, o, i, seed, block, MAGIC)
     j = block * 128 + tl.arange(0, 16)[:, None] * 8 + tl.arange(0, 8)[None, :]
