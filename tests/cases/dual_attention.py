@@ -9,6 +9,7 @@ import torch
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops.dual_attention import triton as kernels
 from u2a_kernels.testing import offsets_of, randn
 
 SHAPES = {  # B, H, Hkv, T, S, D, options
@@ -97,6 +98,10 @@ def op_args(a):
     return a["q"], a["k"], a["v"], *options
 
 
+def triton(q, k, v, **options):
+    return kernels.forward(*op_args(dict(q=q, k=k, v=v, **options)))[0]
+
+
 def spoil(args):
     """NaN in one key of the first example; the others stay."""
     args["k"][0, 0, 1] = float("nan")
@@ -114,6 +119,7 @@ CASES = [
         variants=[*SHAPES, *PACKED],
         differentiable=("q", "k", "v"),
         spoil=spoil,
+        launchers={"triton": triton},
         errors={
             "odd": (
                 lambda a: {**a, "q": a["q"][:3]},
