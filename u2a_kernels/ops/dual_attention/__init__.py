@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from u2a_kernels._checks import check_dim, check_floats, check_offsets, shape, wanted
 from u2a_kernels._dual import check_halves, check_mode, fresh, refuse_jvp
 from u2a_kernels._library import define
 from u2a_kernels._segments import accum_dtype
+from u2a_kernels._triton import cuda_launcher
 from u2a_kernels.ops.dual_attention import reference
+from u2a_kernels.ops.dual_attention import triton as _triton
+from u2a_kernels.ops.dual_attention.triton_backward import backward as _backward_triton
 
 
 def dual_attention(
@@ -91,6 +95,19 @@ def _check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor, packed: bool) -> Non
         )
 
 
+def _fused(q: Tensor, v: Tensor) -> bool:
+    """On a GPU float64 and heads wider than 256 have no kernel: the reference answers."""
+    return q.dtype != torch.float64 and max(q.shape[-1], v.shape[-1]) <= 256
+
+
+def forward_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return (_triton.forward if _fused(q, v) else reference.forward)(q, k, v, *options)
+
+
+def backward_cuda(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (_backward_triton if _fused(q, v) else reference.backward)(grad, q, k, v, *rest)
+
+
 def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     stats = (3, q.shape[0] // 2, *q.shape[1:-1])
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(stats, dtype=accum_dtype(q))
@@ -109,6 +126,7 @@ _dual_attention_bwd = define(
     f" {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_fake_bwd,
+    cuda=cuda_launcher(backward_cuda),
 )
 
 
@@ -128,6 +146,7 @@ _dual_attention = define(
     f"dual_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=reference.forward,
     fake=_fake,
+    cuda=cuda_launcher(forward_cuda),
     backward=_backward,
     setup_context=_setup,
 )
