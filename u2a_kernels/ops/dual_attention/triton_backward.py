@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from u2a_kernels._dual import halves
 from u2a_kernels._triton import cast_to, tanh, tl, triton
 from u2a_kernels.ops.dual_attention.triton import (
     grid,
@@ -24,6 +25,8 @@ from u2a_kernels.ops.dual_attention.triton import (
     switches,
     visible,
 )
+
+Options = tuple[Any, ...]  # offsets, scale, causal, window, softcap, mode
 
 
 @triton.jit
@@ -72,19 +75,17 @@ def _diagonal(x, B: tl.constexpr):
 
 
 @triton.jit
-def _store(x, half, n, N, stride, first, second, D: tl.constexpr, BD: tl.constexpr):
-    """Both halves of a gradient."""
+def _store(x, n, N, stride, value, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
-    p = x + n.to(tl.int64)[:, None] * stride + d[None, :]
     live = (n[:, None] < N) & (d[None, :] < D)
-    tl.store(p, cast_to(first, x.dtype.element_ty), mask=live)
-    tl.store(p + half, cast_to(second, x.dtype.element_ty), mask=live)
+    p = x + n.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(p, cast_to(value, x.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _query_kernel(
     grad, q, k, v, out, stats, dq, sums, spans, sg, sq, sk, sv, so, sdq, st, ss, tiles, T, S,
-    scale, softcap, window, HVP: tl.constexpr,
+    scale, softcap, window, HVP: tl.constexpr, BOTH: tl.constexpr,
     REP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
@@ -146,17 +147,21 @@ def _query_kernel(
         if HVP:
             acc = tl.dot(ds_t.to(DOT), bk, acc, input_precision=PREC)
             acc = tl.dot(ds, bk_t, acc, input_precision=PREC)
-            acc_t = tl.dot(ds, bk, acc_t, input_precision=PREC)
+            if BOTH:
+                acc_t = tl.dot(ds, bk, acc_t, input_precision=PREC)
         else:
             acc = tl.dot(ds, bk, acc, input_precision=PREC)
     dq += b * sdq[1] + h * sdq[2] + start * sdq[3]
-    _store(dq, sdq[0], m, T, sdq[3], acc * scale, acc_t * scale, D, BD)
+    _store(dq, m, T, sdq[3], acc * scale, D, BD)
+    if BOTH:
+        _store(dq + sdq[0], m, T, sdq[3], acc_t * scale, D, BD)
 
 
 @triton.jit
 def _key_kernel(
     grad, q, k, v, stats, dk, dv, sums, spans, sg, sq, sk, sv, sdk, sdv, st, ss, tiles, T, S,
-    scale, softcap, window, HVP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    scale, softcap, window, HVP: tl.constexpr, BOTH: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     REP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
@@ -213,66 +218,92 @@ def _key_kernel(
             if HVP:
                 acc_v = tl.dot(p_t.to(DOT), bg, acc_v, input_precision=PREC)
                 acc_v = tl.dot(p.to(DOT), bg_t, acc_v, input_precision=PREC)
-                acc_v_t = tl.dot(p.to(DOT), bg, acc_v_t, input_precision=PREC)
+                if BOTH:
+                    acc_v_t = tl.dot(p.to(DOT), bg, acc_v_t, input_precision=PREC)
             else:
                 acc_v = tl.dot(p.to(DOT), bg, acc_v, input_precision=PREC)
         if KEYS:
             if HVP:
                 acc_k = tl.dot(ds_t.to(DOT), bq, acc_k, input_precision=PREC)
                 acc_k = tl.dot(ds.to(DOT), bq_t, acc_k, input_precision=PREC)
-                acc_k_t = tl.dot(ds.to(DOT), bq, acc_k_t, input_precision=PREC)
+                if BOTH:
+                    acc_k_t = tl.dot(ds.to(DOT), bq, acc_k_t, input_precision=PREC)
             else:
                 acc_k = tl.dot(ds.to(DOT), bq, acc_k, input_precision=PREC)
     if KEYS:
         dk += b * sdk[1] + h_kv * sdk[2] + start * sdk[3]
-        _store(dk, sdk[0], n, S, sdk[3], acc_k * scale, acc_k_t * scale, D, BD)
+        _store(dk, n, S, sdk[3], acc_k * scale, D, BD)
+        if BOTH:
+            _store(dk + sdk[0], n, S, sdk[3], acc_k_t * scale, D, BD)
     if VALUES:
         dv += b * sdv[1] + h_kv * sdv[2] + start * sdv[3]
-        _store(dv, sdv[0], n, S, sdv[3], acc_v, acc_v_t, DV, BV)
+        _store(dv, n, S, sdv[3], acc_v, DV, BV)
+        if BOTH:
+            _store(dv + sdv[0], n, S, sdv[3], acc_v_t, DV, BV)
 
 
-def query_config(d: int, itemsize: int) -> dict[str, int]:
+def query_config(d: int, itemsize: int, both: bool) -> dict[str, int]:
     """Tiles of the kernel that owns queries, for padded head dimension d."""
     if itemsize == 4:
         return dict(BM=32, BN=16 if d > 64 else 32, num_warps=4, num_stages=1)
-    return dict(BM=64, BN=64 if d <= 64 else 32, num_warps=4 if d <= 64 else 8, num_stages=1)
+    return dict(BM=64, BN=32, num_warps=4, num_stages=2)
 
 
-def key_config(d: int, itemsize: int) -> dict[str, int]:
+def key_config(d: int, itemsize: int, both: bool) -> dict[str, int]:
     """Tiles of the kernel that owns keys."""
     if itemsize == 4:
         return dict(BM=16 if d > 64 else 32, BN=32, num_warps=4, num_stages=1)
-    return dict(BM=64 if d <= 64 else 32, BN=64, num_warps=4 if d <= 64 else 8, num_stages=1)
+    return dict(BM=32, BN=64, num_warps=4, num_stages=2)
+
+
+def _sweeps(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, dq: Tensor,
+    dk: Tensor, dv: Tensor, options: Options, hvp: bool, both: bool,
+) -> None:  # fmt: skip
+    """Both kernels once. Plain (not hvp): dq, dk, dv are single halves, grad their cotangent."""
+    offsets, scale, _, window, softcap, _ = options
+    packed = offsets is not None
+    sums = stats.new_empty(2, *stats.shape[1:])
+    t, s = (0, 0) if packed else (q.shape[2], k.shape[2])
+    d = max(padded(q), padded(v))
+    given = [strides(x, packed) for x in (grad, q, k, v)]
+    row = [stat_strides(x, packed) for x in (stats, sums)]
+    limits = t, s, scale, softcap or 0.0, window or 0
+    shared = dict(switches(q, k, v, options), HVP=hvp, BOTH=both)
+    c = query_config(d, q.element_size(), both)
+    tiles, per_row, where = grid(q, offsets, c["BM"])
+    _query_kernel[(tiles, q.shape[1])](
+        grad, q, k, v, out, stats, dq, sums, where, *given,
+        *(strides(x, packed) for x in (out, dq)), *row, per_row, *limits, **shared, **c,
+    )  # fmt: skip
+    c = key_config(d, q.element_size(), both)
+    tiles, per_row, where = grid(k, offsets, c["BN"])
+    for keys, values in ((True, False), (False, True)) if d > 128 else ((True, True),):
+        _key_kernel[(tiles, k.shape[1])](
+            grad, q, k, v, stats, dk, dv, sums, where, *given,
+            *(strides(x, packed) for x in (dk, dv)), *row, per_row, *limits,
+            KEYS=keys, VALUES=values, **shared, **c,
+        )  # fmt: skip
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    offsets, scale, _, window, softcap, mode = options
-    packed, hvp = offsets is not None, mode != "ggn"
+    """Up to 64 wide one hvp sweep fits the registers (21 products of blocks). Wider ones make the
+    tangent half's gradient, a plain backward of g, apart from the primal half's (25)."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if 0 in q.shape or 0 in k.shape:
         return dq.zero_(), dk.zero_(), dv.zero_()
     grad, q, k, v, out = (plain(x) for x in (grad, q, k, v, out))
-    sums = stats.new_empty(2, *stats.shape[1:])
-    t, s = (0, 0) if packed else (q.shape[2], k.shape[2])
-    d, size = max(padded(q), padded(v)), q.element_size()
-    shared = switches(q, k, v, options)
-    given = [strides(x, packed) for x in (grad, q, k, v)]
-    row = [stat_strides(x, packed) for x in (stats, sums)]
-    c = query_config(d, size)
-    tiles, per_row, where = grid(q, offsets, c["BM"])
-    _query_kernel[(tiles, q.shape[1])](
-        grad, q, k, v, out, stats, dq, sums, where, *given,
-        *(strides(x, packed) for x in (out, dq)), *row, per_row, t, s,
-        scale, softcap or 0.0, window or 0, HVP=hvp, **shared, **c,
-    )  # fmt: skip
-    c = key_config(d, size)
-    tiles, per_row, where = grid(k, offsets, c["BN"])
-    for keys, values in ((True, False), (False, True)) if d > 128 and hvp else ((True, True),):
-        _key_kernel[(tiles, k.shape[1])](
-            grad, q, k, v, stats, dk, dv, sums, where, *given,
-            *(strides(x, packed) for x in (dk, dv)), *row, per_row, t, s,
-            scale, softcap or 0.0, window or 0, HVP=hvp, KEYS=keys, VALUES=values, **shared, **c,
-        )  # fmt: skip
+    first, second = zip(*(halves(x) for x in (dq, dk, dv)), strict=True)
+    given = q, k, v, out, stats
+    if options[-1] == "ggn":
+        _sweeps(halves(grad)[0], *given, *first, options, False, False)
+        for x in second:
+            x.zero_()
+    elif max(padded(q), padded(v)) <= 64:
+        _sweeps(grad, *given, dq, dk, dv, options, True, True)
+    else:
+        _sweeps(grad, *given, *first, options, True, False)
+        _sweeps(halves(grad)[1], *given, *second, options, False, False)
     return dq, dk, dv
