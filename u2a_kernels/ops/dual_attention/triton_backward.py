@@ -36,36 +36,34 @@ def _product(a, b, a_t, b_t, PREC: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    a, a_t, b, b_t, c, c_t, d, d_t, top, rest, mu, sums, sums_t, seen, scale, softcap,
-    HVP: tl.constexpr, CAPPED: tl.constexpr, PREC: tl.constexpr,
+def _softmax(
+    a, b, top, rest, seen, scale, softcap, CAPPED: tl.constexpr, PREC: tl.constexpr
 ):  # fmt: skip
-    """P, P_t and the gradients ds, ds_t of the scores over `scale`, for S = a b and g V^T = c d."""
+    """P for S = a b, and the tanh of a cap."""
     s = tl.dot(a, b, input_precision=PREC) * scale
+    th = s
     if CAPPED:
         th = tanh(s / softcap)
         s = softcap * th
-        slope = 1.0 - th * th
-    p = tl.where(seen, tl.exp((s - top) - rest), 0.0)
-    ds = tl.dot(c, d, input_precision=PREC) - sums
+    return tl.where(seen, tl.exp((s - top) - rest), 0.0), th
+
+
+@triton.jit
+def _slopes(p, th, z, mu, c, e, softcap, HVP: tl.constexpr, CAPPED: tl.constexpr):
+    """P_t, ds, ds_t from z = scale S_t, c = g V^T - D, e = g_t V^T + g V_t^T - D_t; ds, ds_t are
+    gradients over `scale`."""
+    ds = p * c
+    p_t, ds_t = ds, ds
     if HVP:
-        s_t = _product(a, b, a_t, b_t, PREC) * scale
         if CAPPED:
-            s_t = s_t * slope
-            slope_t = th * s_t * (-2.0 / softcap)
-        s_t = s_t - mu
-        ds_t = p * (s_t * ds + (_product(c, d, c_t, d_t, PREC) - sums_t))
-        ds = p * ds
-        p_t = p * s_t
+            z = z * (1.0 - th * th)
+        ds_t = p * ((z - mu) * c + e)
+        p_t = p * (z - mu)
         if CAPPED:
-            ds_t = ds_t * slope + ds * slope_t
-            ds = ds * slope
-        return p, p_t, ds, ds_t
-    else:
-        ds = p * ds
-        if CAPPED:
-            ds = ds * slope
-        return p, p, ds, ds
+            ds_t = ds_t * (1.0 - th * th) - ds * (th * z) * (2.0 / softcap)
+    if CAPPED:
+        ds = ds * (1.0 - th * th)
+    return p_t, ds, ds_t
 
 
 @triton.jit
@@ -139,10 +137,15 @@ def _query_kernel(
             bk_t = rows(k + sk[0], n, S, sk[3], D, BD, DOT, True)
             bv_t = tl.trans(rows(v + sv[0], n, S, sv[3], DV, BV, DOT, True))
         seen = visible(m[:, None], n[None, :], T, S, window, CAUSAL, WINDOWED)
-        _, _, ds, ds_t = _tile(
-            bq, bq_t, tl.trans(bk), tl.trans(bk_t), bg, bg_t, bv, bv_t, top, rest, mu,
-            total[:, None], total_t[:, None], seen, scale, softcap, HVP, CAPPED, PREC,
-        )  # fmt: skip
+        bk_tr = tl.trans(bk)
+        p, th = _softmax(bq, bk_tr, top, rest, seen, scale, softcap, CAPPED, PREC)
+        z, e = p, p
+        if HVP:
+            z = _product(bq, bk_tr, bq_t, tl.trans(bk_t), PREC) * scale
+        c = tl.dot(bg, bv, input_precision=PREC) - total[:, None]
+        if HVP:
+            e = _product(bg, bv, bg_t, bv_t, PREC) - total_t[:, None]
+        _, ds, ds_t = _slopes(p, th, z, mu, c, e, softcap, HVP, CAPPED)
         ds = ds.to(DOT)
         if HVP:
             acc = tl.dot(ds_t.to(DOT), bk, acc, input_precision=PREC)
@@ -196,24 +199,28 @@ def _key_kernel(
         here_g = grad + b * sg[1] + h * sg[2] + start * sg[3]
         here = stats + b * st[1] + h * st[2] + (start + at) * st[3]
         here_s = sums + b * ss[1] + h * ss[2] + (start + at) * ss[3]
+        # Each statistic is loaded where it is used: as columns they take many registers.
         bq = rows(here_q, m, T, sq[3], D, BD, DOT, True)
+        bq_tr = tl.trans(bq)
+        seen = visible(m[None, :], n[:, None], T, S, window, CAUSAL, WINDOWED)
         top = tl.load(here, mask=m < T, other=0.0)[None, :]
         rest = tl.load(here + st[0], mask=m < T, other=0.0)[None, :]
-        total = tl.load(here_s, mask=m < T, other=0.0)[None, :]
+        p, th = _softmax(bk, bq_tr, top, rest, seen, scale, softcap, CAPPED, PREC)
+        bg = rows(here_g, m, T, sg[3], DV, BV, DOT, True)
+        z, e, mu, bq_t, bg_t = p, p, top, bq, bg
         if HVP:
-            bq_t = rows(here_q + sq[0], m, T, sq[3], D, BD, DOT, True)
+            bg_t = bg
             bg = rows(here_g + sg[0], m, T, sg[3], DV, BV, DOT, True)
-            bg_t = rows(here_g, m, T, sg[3], DV, BV, DOT, True)
+            bq_t = rows(here_q + sq[0], m, T, sq[3], D, BD, DOT, True)
+            z = _product(bk, bq_tr, bk_t, tl.trans(bq_t), PREC) * scale
             mu = tl.load(here + 2 * st[0], mask=m < T, other=0.0)[None, :]
-            total_t = tl.load(here_s + ss[0], mask=m < T, other=0.0)[None, :]
-        else:
-            bg = rows(here_g, m, T, sg[3], DV, BV, DOT, True)
-            bq_t, bg_t, mu, total_t = bq, bg, top, total
-        seen = visible(m[None, :], n[:, None], T, S, window, CAUSAL, WINDOWED)
-        p, p_t, ds, ds_t = _tile(
-            bk, bk_t, tl.trans(bq), tl.trans(bq_t), bv, bv_t, tl.trans(bg), tl.trans(bg_t), top,
-            rest, mu, total, total_t, seen, scale, softcap, HVP, CAPPED, PREC,
-        )  # fmt: skip
+        bg_tr = tl.trans(bg)
+        c = tl.dot(bv, bg_tr, input_precision=PREC)
+        c -= tl.load(here_s, mask=m < T, other=0.0)[None, :]
+        if HVP:
+            e = _product(bv, bg_tr, bv_t, tl.trans(bg_t), PREC)
+            e -= tl.load(here_s + ss[0], mask=m < T, other=0.0)[None, :]
+        p_t, ds, ds_t = _slopes(p, th, z, mu, c, e, softcap, HVP, CAPPED)
         if VALUES:
             if HVP:
                 acc_v = tl.dot(p_t.to(DOT), bg, acc_v, input_precision=PREC)
