@@ -20,7 +20,7 @@ from torch import Tensor
 from u2a_kernels._dual import halves
 from u2a_kernels._segments import accum_dtype
 
-PIECE = 1 << 19  # scores held at once
+PIECE = 1 << 18  # scores held at once
 QUERIES = 128  # at most, in a piece
 Pair = tuple[Tensor, Tensor]  # primal, tangent
 Options = tuple[Any, ...]  # offsets, scale, causal, window, softcap, mode

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a_kernels._triton import cast_to, dot_dtype, dot_precision, tanh, tl, triton
+from u2a_kernels._triton import INTERPRET, cast_to, dot_dtype, dot_precision, tanh, tl, triton
 
 
 @triton.jit
@@ -154,13 +154,24 @@ def _forward_kernel(
     tl.store(stats + 2 * st[0], mean, mask=m < T)
 
 
-def config(d: int, itemsize: int) -> dict[str, int]:
-    """Tiles of the forward for padded head dimension d."""
+def arch() -> int:
+    """Compute capability of the launch; 0 for what has none."""
+    if INTERPRET:
+        return 90
+    target = triton.runtime.driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else 0
+
+
+def config(d: int, itemsize: int, arch: int) -> dict[str, int]:
+    """Tiles of the forward for padded head dimension d: the largest that spill no more than a few
+    bytes. wgmma (sm_90) wants 64 rows for four warps; mma.sync needs more registers there."""
     if itemsize == 4:
-        return dict(BM=32, BN=32, num_warps=4, num_stages=1)
+        return dict(BM=32, BN=32 if d <= 128 else 16, num_warps=4, num_stages=1)
     if d <= 64:
-        return dict(BM=128, BN=64, num_warps=8, num_stages=2)
-    return dict(BM=64, BN=64 if d <= 128 else 32, num_warps=8 if d > 128 else 4, num_stages=2)
+        return dict(BM=128, BN=64 if arch >= 90 else 32, num_warps=8, num_stages=2)
+    if d <= 128 and arch >= 90:
+        return dict(BM=128, BN=32, num_warps=8, num_stages=2)
+    return dict(BM=32, BN=32, num_warps=4 if d <= 128 else 8, num_stages=2 if d <= 128 else 1)
 
 
 def padded(x: Tensor) -> int:
@@ -227,7 +238,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Ten
     if out.numel() == 0:
         return out, stats
     q, k, v = (plain(x) for x in (q, k, v))
-    c = config(max(padded(q), padded(v)), q.element_size())
+    c = config(max(padded(q), padded(v)), q.element_size(), arch())
     tiles, per_row, where = grid(q, offsets, c["BM"])
     t, s = (0, 0) if packed else (q.shape[2], k.shape[2])
     _forward_kernel[(tiles, q.shape[1])](

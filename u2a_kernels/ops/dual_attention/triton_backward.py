@@ -15,6 +15,7 @@ from torch import Tensor
 from u2a_kernels._dual import halves
 from u2a_kernels._triton import cast_to, tanh, tl, triton
 from u2a_kernels.ops.dual_attention.triton import (
+    arch,
     grid,
     padded,
     place,
@@ -249,18 +250,27 @@ def _key_kernel(
             _store(dv + sdv[0], n, S, sdv[3], acc_v_t, DV, BV)
 
 
-def query_config(d: int, itemsize: int, both: bool) -> dict[str, int]:
+def query_config(d: int, itemsize: int, arch: int, hvp: bool) -> dict[str, int]:
     """Tiles of the kernel that owns queries, for padded head dimension d."""
     if itemsize == 4:
         return dict(BM=32, BN=16 if d > 64 else 32, num_warps=4, num_stages=1)
-    return dict(BM=64, BN=32, num_warps=4, num_stages=2)
+    if d > 128:
+        return dict(BM=32, BN=32, num_warps=8, num_stages=1)
+    if not hvp or (d <= 64 and arch >= 90):
+        return dict(BM=64, BN=64, num_warps=4, num_stages=2)
+    return dict(BM=32 if d > 64 and arch < 90 else 64, BN=32, num_warps=4, num_stages=2)
 
 
-def key_config(d: int, itemsize: int, both: bool) -> dict[str, int]:
-    """Tiles of the kernel that owns keys."""
+def key_config(d: int, itemsize: int, hvp: bool, keys: bool) -> dict[str, int]:
+    """Tiles of the kernel that owns keys. dk of 256 columns, with four operands of 256 at hand,
+    spills 300 to 900 bytes a thread in any larger tile."""
     if itemsize == 4:
         return dict(BM=16 if d > 64 else 32, BN=32, num_warps=4, num_stages=1)
-    return dict(BM=32, BN=64, num_warps=4, num_stages=2)
+    if d <= 128:
+        return dict(BM=32, BN=64, num_warps=4, num_stages=2)
+    if hvp and keys:
+        return dict(BM=16, BN=16, num_warps=4, num_stages=1)
+    return dict(BM=32, BN=32, num_warps=8, num_stages=1)
 
 
 def _sweeps(
@@ -277,15 +287,17 @@ def _sweeps(
     row = [stat_strides(x, packed) for x in (stats, sums)]
     limits = t, s, scale, softcap or 0.0, window or 0
     shared = dict(switches(q, k, v, options), HVP=hvp, BOTH=both)
-    c = query_config(d, q.element_size(), both)
+    c = query_config(d, q.element_size(), arch(), hvp)
     tiles, per_row, where = grid(q, offsets, c["BM"])
     _query_kernel[(tiles, q.shape[1])](
         grad, q, k, v, out, stats, dq, sums, where, *given,
         *(strides(x, packed) for x in (out, dq)), *row, per_row, *limits, **shared, **c,
     )  # fmt: skip
-    c = key_config(d, q.element_size(), both)
-    tiles, per_row, where = grid(k, offsets, c["BN"])
-    for keys, values in ((True, False), (False, True)) if d > 128 else ((True, True),):
+    for keys, values in (
+        ((True, False), (False, True)) if d > (64 if hvp else 128) else ((True, True),)
+    ):
+        c = key_config(d, q.element_size(), hvp, keys)
+        tiles, per_row, where = grid(k, offsets, c["BN"])
         _key_kernel[(tiles, k.shape[1])](
             grad, q, k, v, stats, dk, dv, sums, where, *given,
             *(strides(x, packed) for x in (dk, dv)), *row, per_row, *limits,
@@ -297,7 +309,8 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Up to 64 wide one hvp sweep fits the registers (21 products of blocks). Wider ones make the
-    tangent half's gradient, a plain backward of g, apart from the primal half's (25)."""
+    tangent half's gradient, a plain backward of g, apart from the primal half's, whose dk and dv
+    are made apart too (28; with D = 256 the plain dk and dv as well, 29)."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if 0 in q.shape or 0 in k.shape:
         return dq.zero_(), dk.zero_(), dv.zero_()
