@@ -22,6 +22,9 @@ SHAPES = {  # B, H, Hkv, T, S, D, options
     "blind": (2, 2, 1, 11, 7, 8, {}),
     "one": (1, 1, 1, 1, 1, 1, {}),
     "block": (1, 2, 1, 67, 67, 17, {}),
+    "wide": (1, 2, 1, 35, 35, 80, dict(softcap=5.0)),
+    "widest": (1, 1, 1, 19, 19, 130, {}),
+    "window-blocks": (1, 1, 1, 131, 131, 16, dict(window=40)),
 }
 PACKED = {  # lengths, H, Hkv, D, options
     "packed": ([3, 0, 11, 1, 7], 4, 2, 8, {}),

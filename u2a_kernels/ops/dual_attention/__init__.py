@@ -1,8 +1,9 @@
-"""Softmax attention on dual rows, flash style: only o and the row statistics lse, mu are kept.
+"""Softmax attention on dual rows, flash style: o and three numbers a row are kept, no [T, S] tensor.
 
 S = cap(s q k^T), P = exp(S - lse), o = P v; P_t = P (S_t - mu), mu = sum P S_t the tangent of lse;
-o_t = P v_t + P_t v. The backward (`_hvp`) is the tangent of the flash backward.
-The reference holds the scores of a few heads at a time, never those of the whole batch.
+o_t = P v_t + P_t v. The backward is the tangent of the flash backward.
+stats [3, B, H, T] holds max S, lse - max S and mu: one float of lse would put its rounding, up to
+4e-7, into every P of the row. A query without keys has 0, -inf, 0.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def dual_attention(
             half (Gauss-Newton); "jvp": forward only, a backward raises RuntimeError.
 
     Returns:
-        [2B, H, T, Dv] or [2N, H, Dv] in the dtype of q; fp32 inside (fp64 for float64).
-        Deterministic. Differentiable once in q, k and v; the gradient of the tangent half is the
+        [2B, H, T, Dv] or [2N, H, Dv] in the dtype of q; fp32 inside (fp64 for float64), on a GPU
+        with P and dS rounded to the dtype of q as factors of products. Deterministic. Differentiable once in q, k and v; the gradient of the tangent half is the
         second-order product.
 
     Raises:
