@@ -1,4 +1,4 @@
-"""Softmax attention on dual rows, flash style: o and three numbers a row are kept, no [T, S] tensor.
+"""Softmax attention on dual rows, flash style: o and three numbers a row are kept, never [T, S].
 
 S = cap(s q k^T), P = exp(S - lse), o = P v; P_t = P (S_t - mu), mu = sum P S_t the tangent of lse;
 o_t = P v_t + P_t v. The backward is the tangent of the flash backward.
@@ -53,8 +53,9 @@ def dual_attention(
 
     Returns:
         [2B, H, T, Dv] or [2N, H, Dv] in the dtype of q; fp32 inside (fp64 for float64), on a GPU
-        with P and dS rounded to the dtype of q as factors of products. Deterministic. Differentiable once in q, k and v; the gradient of the tangent half is the
-        second-order product.
+        with P and dS rounded to the dtype of q as factors of products. Deterministic.
+        Differentiable once in q, k and v; the gradient of the tangent half is the second-order
+        product. On a GPU float64 and heads wider than 256 are served by the reference.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, offset or option that does not fit, by name.
