@@ -162,14 +162,19 @@ def arch() -> int:
     return target.arch if target.backend == "cuda" else 0
 
 
+def roomy(arch: int) -> bool:
+    """A block may have more than 100 KB of shared memory: data-centre cards."""
+    return arch in (80, 90, 100, 103)
+
+
 def config(d: int, itemsize: int, arch: int) -> dict[str, int]:
     """Tiles of the forward for padded head dimension d: the largest that spill no more than a few
     bytes. wgmma (sm_90) wants 64 rows for four warps; mma.sync needs more registers there."""
     if itemsize == 4:
         return dict(BM=32, BN=32 if d <= 128 else 16, num_warps=4, num_stages=1)
     if d <= 64:
-        return dict(BM=128, BN=64 if arch >= 90 else 32, num_warps=8, num_stages=2)
-    if d <= 128 and arch >= 90:
+        return dict(BM=128, BN=64 if arch in (90, 100, 103) else 32, num_warps=8, num_stages=2)
+    if d <= 128 and arch in (90, 100, 103):
         return dict(BM=128, BN=32, num_warps=8, num_stages=2)
     return dict(BM=32, BN=32, num_warps=4 if d <= 128 else 8, num_stages=2 if d <= 128 else 1)
 
@@ -183,7 +188,7 @@ def plain(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def strides(x: Tensor, packed: bool) -> tuple[int, int, int, int]:
+def strides(x: Tensor, packed: bool) -> tuple[int, ...]:
     """Of tangent half, batch row, head and token; packed tokens have no batch row."""
     half = x.shape[0] // 2 * x.stride(0)
     if packed:
@@ -191,7 +196,7 @@ def strides(x: Tensor, packed: bool) -> tuple[int, int, int, int]:
     return half, *x.stride()[:3]
 
 
-def stat_strides(stats: Tensor, packed: bool) -> tuple[int, int, int, int]:
+def stat_strides(stats: Tensor, packed: bool) -> tuple[int, ...]:
     """Of plane, batch row, head and token."""
     plane, *rest = stats.stride()
     return (plane, 0, rest[1], rest[0]) if packed else (plane, *rest)
