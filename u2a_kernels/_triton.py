@@ -70,3 +70,15 @@ def cast_to(x, like: tl.constexpr):
         return rne_bf16(x)
     else:
         return x.to(like)
+
+
+@triton.jit
+def tanh(x):
+    """Odd polynomial fitted for |x| < 0.625, else by exp(-2|x|)."""
+    a = tl.abs(x)
+    u = x * x
+    e = tl.exp(-2.0 * a)
+    q = -5.71703445e-3 * u + 2.06505787e-2
+    q = ((q * u - 5.37434965e-2) * u + 1.33314908e-1) * u - 3.33332837e-1
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0.625, x + x * (u * q), tl.where(x < 0, -large, large))

@@ -9,6 +9,8 @@ import torch
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops.dual_attention import triton as forward
+from u2a_kernels.ops.dual_attention import triton_backward as backward
 from u2a_kernels.testing import offsets_of, randn
 
 SHAPES = {  # B, H, Hkv, T, S, D, options
@@ -20,6 +22,9 @@ SHAPES = {  # B, H, Hkv, T, S, D, options
     "blind": (2, 2, 1, 11, 7, 8, {}),
     "one": (1, 1, 1, 1, 1, 1, {}),
     "block": (1, 2, 1, 67, 67, 17, {}),
+    "wide": (1, 2, 1, 35, 35, 80, dict(softcap=5.0)),
+    "widest": (1, 1, 1, 19, 19, 130, {}),
+    "window-blocks": (1, 1, 1, 131, 131, 16, dict(window=40)),
 }
 PACKED = {  # lengths, H, Hkv, D, options
     "packed": ([3, 0, 11, 1, 7], 4, 2, 8, {}),
@@ -97,6 +102,26 @@ def op_args(a):
     return a["q"], a["k"], a["v"], *options
 
 
+class Launched(torch.autograd.Function):
+    """The Triton launchers in the op's place, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        out, stats = forward.forward(*args)
+        ctx.save_for_backward(*args[:3], out, stats)
+        ctx.options = args[3:]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = backward.backward(grad, *ctx.saved_tensors, *ctx.options)
+        return *grads, *[None] * len(ctx.options)
+
+
+def triton(q, k, v, mode="hvp", **options):
+    return Launched.apply(*op_args(dict(q=q, k=k, v=v, **options))[:-1], mode)
+
+
 def spoil(args):
     """NaN in one key of the first example; the others stay."""
     args["k"][0, 0, 1] = float("nan")
@@ -114,6 +139,8 @@ CASES = [
         variants=[*SHAPES, *PACKED],
         differentiable=("q", "k", "v"),
         spoil=spoil,
+        launchers={"triton": triton},
+        backward_launchers={"triton": triton},
         errors={
             "odd": (
                 lambda a: {**a, "q": a["q"][:3]},
@@ -168,3 +195,18 @@ CASES = [
         },
     )
 ]
+
+
+def aot_inputs(dtype):
+    """Llama (D = 128, grouped), a small head, a window, a packed cap, Gemma (D = 256, capped)."""
+    for d, h, h_kv, t, options in (
+        (128, 32, 8, 2048, {}),
+        (64, 16, 16, 2048, {}),
+        (128, 32, 8, 2048, dict(window=1024)),
+        (256, 8, 4, 2048, dict(softcap=50.0, scale=256**-0.5)),
+    ):
+        q, k, v = (torch.empty(4, n, t, d, dtype=dtype, device="meta") for n in (h, h_kv, h_kv))
+        yield "dual_attention", dict(q=q, k=k, v=v, **{**DEFAULTS, **options})
+    q, k, v = (torch.empty(8192, n, 128, dtype=dtype, device="meta") for n in (32, 8, 8))
+    offsets = torch.empty(9, dtype=torch.int32, device="meta")
+    yield "dual_attention", dict(q=q, k=k, v=v, **{**DEFAULTS, "offsets": offsets})

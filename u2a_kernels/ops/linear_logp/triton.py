@@ -10,28 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from u2a_kernels._triton import cast_to, dot_dtype, dot_precision, tl, triton
+from u2a_kernels._triton import cast_to, dot_dtype, dot_precision, tanh, tl, triton
 
 SCRATCH_ELEMENTS = 1 << 27
-
-
-@triton.jit
-def _tanh(x):
-    """As the C++ kernel: odd polynomial fitted for |x| < 0.625, else by exp(-2|x|)."""
-    a = tl.abs(x)
-    u = x * x
-    e = tl.exp(-2.0 * a)
-    q = -5.71703445e-3 * u + 2.06505787e-2
-    q = ((q * u - 5.37434965e-2) * u + 1.33314908e-1) * u - 3.33332837e-1
-    large = (1.0 - e) / (1.0 + e)
-    return tl.where(a < 0.625, x + x * (u * q), tl.where(x < 0, -large, large))
 
 
 @triton.jit
 def _map(a, softcap, temperature, HAS_CAP: tl.constexpr):
     """z = softcap tanh(a / softcap) / temperature."""
     if HAS_CAP:
-        a = softcap * _tanh(a / softcap)
+        a = softcap * tanh(a / softcap)
     return a / temperature
 
 
