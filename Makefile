@@ -19,7 +19,7 @@ export PYTHON
 export OMP_WAIT_POLICY ?= passive
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test lint pytest aot bench clean packages FORCE
+.PHONY: help demo test lint pytest aot bench bench-peers clean packages FORCE
 .NOTPARALLEL:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test    lint, types, tests, ahead-of-time GPU compiles (8 minutes)"
 	@echo "make lint    ruff, clang-format and mypy only"
 	@echo "make bench   time and memory against plain torch"
+	@echo "make bench-peers  the index scan against other packages, in an environment of their own"
 	@echo "make clean   remove .venv and everything built"
 	@echo "VENV=path uses an existing environment; PYTHON=python3.12 chooses the one that makes .venv"
 
@@ -56,6 +57,14 @@ bench: $(BUILT)
 	  --benchmark-columns=median,iqr,rounds --benchmark-group-by=func \
 	  --benchmark-json=benchmarks/results/$(MACHINE).json
 	@echo "make bench: $(TOOK). Written to benchmarks/results/$(MACHINE).json"
+
+PEERS := build/peers-venv
+bench-peers:
+	$(STEP) "peers' environment" .ci/install $(PEERS)
+	@$(MAKE) --no-print-directory VENV=$(PEERS) $(PEERS)/.u2a-kernels
+	$(STEP) --show "peers" $(PEERS)/bin/python benchmarks/peers/install.py $(PEERS)/bin/python
+	@$(PEERS)/bin/python benchmarks/peers/run.py $(GROUPS)
+	@echo "make bench-peers: $(TOOK)"
 
 clean:
 	rm -rf .venv build *.egg-info u2a_kernels/*.so .mypy_cache .ruff_cache .benchmarks

@@ -4,6 +4,7 @@ rounds compare."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,9 +21,11 @@ def _status_mb(field: str) -> float:
     return int(STATUS.read_text().split(field + ":")[1].split()[0]) / 1024
 
 
-def peak_mb(call: Call) -> float:
-    """MB that one call holds at its highest beyond what was held before it (Linux or CUDA)."""
-    call()
+def peak_mb(call: Call, warm: bool = True) -> float:
+    """MB that one call holds at its highest beyond what was held before it (Linux or CUDA).
+    `warm` calls once before."""
+    if warm:
+        call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -49,3 +52,24 @@ def interleaved(calls: dict[str, Call], rounds: int = 9) -> dict[str, float]:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+@functools.cache
+def copy_gb_s() -> float:
+    """GB/s, read and written, of a copy far larger than the second-level cache."""
+    source = torch.empty(1 << (28 if torch.cuda.is_available() else 24), device=_device()).normal_()
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)})["copy"]
+    return 8 * source.numel() / seconds / 1e9
+
+
+@functools.cache
+def gemm_gflop_s(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large square product in `dtype`."""
+    n = 8192 if torch.cuda.is_available() else 1024
+    a = torch.randn(n, n, device=_device()).to(dtype)
+    return 2 * n**3 / interleaved({"gemm": lambda: a @ a})["gemm"] / 1e9
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -32,7 +32,7 @@ def per_example(x, g, offsets, v):
 
 
 def from_reference(x, g, offsets, v):
-    return reference(x, g, offsets, v[None])[:, 0]
+    return reference(x, g, offsets, v[None], True)[:, 0]
 
 
 IMPLEMENTATIONS = {

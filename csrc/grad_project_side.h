@@ -4,6 +4,7 @@
 #pragma once
 #include <cmath>
 #include <memory>
+#include <new>
 #include <optional>
 
 #include "common.h"
@@ -13,7 +14,7 @@ namespace u2a {
 namespace {
 
 constexpr uint32_t kOutputStream = 2, kInputStream = 3;
-constexpr int64_t kChunk = 128, kIdentityColumns = 256;
+constexpr int64_t kChunk = 128, kIdentityColumns = 256, kNear = 1 << 20;
 
 struct Factor {
   std::optional<Tensor> matrix;  // [k, d]
@@ -38,15 +39,23 @@ Strided strided(const Tensor& t) {
   return {t.const_data_ptr(), type, t.stride(0), t.stride(1)};
 }
 
-// Grows, and is not initialised.
+// Grows, starts on a cache line and is not initialised.
 template <typename T>
-struct Buffer {
-  std::unique_ptr<T[]> data;
-  int64_t size = 0;
+class Buffer {
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+
+ public:
   T* of(int64_t n) {
-    if (n > size) data.reset(new T[size = n]);
-    return data.get();
+    if (n > size_)
+      data_.reset(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))));
+    size_ = std::max(n, size_);
+    return data_.get();
   }
+  const T* get() const { return data_.get(); }
 };
 
 // What one thread holds of one side.
@@ -69,9 +78,9 @@ struct Side {
   Factor p;
   uint32_t stream;
   int64_t n, d, k, ld, words, columns;
-  double factor;               // 1 / sqrt(k) for signs
-  std::vector<T> tiles;        // of a matrix
-  std::vector<uint32_t> word;  // of a seed: k bits a column
+  double factor;          // 1 / sqrt(k) for signs
+  Buffer<T> tiles;        // of a matrix
+  Buffer<uint32_t> word;  // of a seed: k bits a column
 
   Side(const Tensor& values, Factor projection, uint32_t s)
       : rows(values), p(std::move(projection)), stream(s), n(values.size(0)) {
@@ -103,19 +112,17 @@ struct Side {
   void prepare() {
     if (hot() || p.identity()) return;
     const int64_t step = depth(k), blocks = (d + step - 1) / step;
-    if (signs())
-      word.resize(d * words);
-    else
-      tiles.resize(d * ld);
+    uint32_t* bits = signs() ? word.of(d * words) : nullptr;
+    T* to = signs() ? nullptr : tiles.of(d * ld);
     torch::stable::parallel_for(0, blocks, 4, [&](int64_t lo, int64_t hi) {
       const int64_t c = lo * step, cols = std::min(hi * step, d) - c;
       if (signs()) {
-        U2A_SIMD(sign_words(seed(), stream, nullptr, c, cols, words, word.data() + c * words));
+        U2A_SIMD(sign_words(seed(), stream, nullptr, c, cols, words, bits + c * words));
         return;
       }
       const Strided m = strided(*p.matrix);
       for (int64_t i = c; i < c + cols; i += step)
-        U2A_SIMD(load_tile(m, k, i, std::min(step, d - i), tiles.data() + i * ld));
+        U2A_SIMD(load_tile(m, k, i, std::min(step, d - i), to + i * ld));
     });
   }
 
@@ -124,15 +131,26 @@ struct Side {
     if (p.identity()) return;
     T* y = s.projected.of(kChunk * ld);
     if (hot()) return look_up(t0, tokens, y, s);
+    if (d == 0) std::fill(y, y + tokens * ld, T(0));
+    for (int64_t t = 0; t < tokens; t += strip())
+      project_strip(t0 + t, std::min(strip(), tokens - t), y + t * ld, s);
+  }
+
+  // Tokens that pass all columns before the next do. Few, so that the rows of x are read along (no
+  // hardware prefetch and a TLB miss a row otherwise), but enough to make signs or fetch tiles for.
+  int64_t strip() const {
+    return !signs() && d * ld * static_cast<int64_t>(sizeof(T)) <= kNear ? 16 : 64;
+  }
+
+  void project_strip(int64_t t0, int64_t tokens, T* y, Scratch<T>& s) const {
     const Strided m = strided(rows);
     const int64_t step = depth(k);
-    if (d == 0) std::fill(y, y + padded(tokens) * ld, T(0));
     for (int64_t c = 0; c < d; c += step) {
       const int64_t cols = std::min(step, d - c);
-      const T* tile = tiles.data() + c * ld;
+      const T* tile = tiles.get() + c * ld;
       if (signs()) {
         T* made = s.tile.of(step * ld);
-        U2A_SIMD(sign_tile(word.data() + c * words, k, cols, made));
+        U2A_SIMD(sign_tile(word.get() + c * words, k, cols, made));
         tile = made;
       }
       U2A_SIMD(project_tokens(m, t0, tokens, c, cols, tile, k, c > 0, y));
@@ -156,7 +174,7 @@ struct Side {
 
   // Of the identity, the values where they lie when no padding or conversion is needed.
   Block<T> block(int64_t t0, int64_t tokens, int64_t first, Scratch<T>& s) const {
-    if (!p.identity()) return {s.projected.data.get(), ld, 0, k};
+    if (!p.identity()) return {s.projected.get(), ld, 0, k};
     const int64_t count = std::min(columns, k - first), wide = padded(count);
     const Strided m = strided(rows);
     if (m.type == (sizeof(T) == 8 ? Element::f64 : Element::f32) && m.column == 1 && count == wide)

@@ -33,6 +33,9 @@ def segments(offsets: Tensor) -> Iterator[tuple[int, slice]]:
             yield b, slice(start, end)
 
 
-def ghost_is_cheaper(tokens: int, d_in: int, d_out: int) -> bool:
-    """Products of tokens cost fewer operations than forming the example's gradient."""
-    return tokens * (d_in + d_out) < d_in * d_out
+def ghost_limit(d_in: int, d_out: int) -> int:
+    """The longest example whose norm costs less by products of tokens than by its gradient.
+
+    Multiplications: T^2 (d_in + d_out) / 2, a half by symmetry, against T d_in d_out.
+    """
+    return 2 * d_in * d_out // max(1, d_in + d_out)

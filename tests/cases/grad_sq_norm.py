@@ -5,6 +5,8 @@ import torch
 import u2a_kernels
 from cases import Case
 from cases.grad_dot import changed, spoil
+from u2a_kernels._segments import ghost_limit
+from u2a_kernels.ops import grad_sq_norm as op
 from u2a_kernels.testing import offsets_of, randn
 
 SHAPES = {
@@ -12,6 +14,7 @@ SHAPES = {
     "one": ([1], 1, 1),
     "prime": ([31, 2], 37, 67),
     "long": ([53, 2], 5, 7),
+    "blocks": ([131, 0, 70, 1], 129, 65),
     "empty": ([0, 0], 5, 3),
     "no-examples": ([], 4, 4),
 }
@@ -34,17 +37,22 @@ def oracle(x, g, offsets):
     return torch.stack(rows) if rows else x.new_zeros(0)
 
 
+def triton(x, g, offsets):
+    return op.forward_triton(x, g, offsets, ghost_limit(x.shape[1], g.shape[1]))
+
+
 CASES = [
     Case(
         name="grad_sq_norm",
         public=u2a_kernels.grad_sq_norm,
         overload=torch.ops.u2a.grad_sq_norm.default,
-        op_args=lambda a: (a["x"], a["g"], a["offsets"]),
+        op_args=lambda a: (a["x"], a["g"], a["offsets"], 9),
         inputs=inputs,
         oracle=oracle,
         variants=list(SHAPES),
         differentiable=("x", "g"),
         spoil=spoil,
+        launchers={"triton": triton},
         errors={
             "rows": (
                 changed(g=lambda a: a["g"][:-1]),
@@ -69,3 +77,16 @@ CASES = [
         },
     )
 ]
+
+
+def aot_inputs(dtype):
+    """Sizes of a 7B model's MLP: many short examples, and few of which some can be long."""
+    for n, b, d_in, d_out in ((8192, 64, 4096, 11008), (16384, 4, 4096, 4096), (2048, 128, 64, 64)):
+        yield (
+            "grad_sq_norm",
+            dict(
+                x=torch.empty(n, d_in, dtype=dtype, device="meta"),
+                g=torch.empty(n, d_out, dtype=dtype, device="meta"),
+                offsets=torch.empty(b + 1, dtype=torch.int32, device="meta"),
+            ),
+        )

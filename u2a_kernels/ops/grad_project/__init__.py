@@ -9,6 +9,7 @@ seed >= 0 for Rademacher signs and -1 for the identity.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,9 @@ from u2a_kernels._checks import (
 from u2a_kernels._library import define
 from u2a_kernels._segments import accum_dtype
 from u2a_kernels._triton import cuda_launcher
+from u2a_kernels.ops.grad_project.launch import forward as forward_triton
 from u2a_kernels.ops.grad_project.rademacher import Rademacher, check_rademacher, rademacher
 from u2a_kernels.ops.grad_project.reference import reference, reference_bwd, width
-from u2a_kernels.ops.grad_project.triton import forward as forward_triton
 
 __all__ = ["Rademacher", "forward_triton", "grad_project", "rademacher", "reference"]
 
@@ -74,13 +75,8 @@ def grad_project(
     Source: LoGra, Choe et al., arXiv 2405.13954, equation 5; Philox: Salmon et al., SC 2011.
     """
     many = isinstance(g, (list, tuple))
-    gs = list(g) if many else [g]
-    if many and (isinstance(p_out, Rademacher) or not isinstance(p_out, (list, tuple))):
-        raise TypeError(f"{OP}: p_out must be a list where g is, got {type(p_out).__name__}")
-    ps = list(p_out) if many else [p_out]
-    if len(gs) != len(ps):
-        raise wanted(OP, "p_out", f"a list of {len(gs)}, one a map", len(ps))
-    check_dim_of_x(x, p_in)
+    gs, ps = _lists(g, p_out)
+    _check_inputs(x, p_in)
     for i, (rows, p) in enumerate(zip(gs, ps, strict=True)):
         _check_map(x, rows, p, f"[{i}]" if many else "")
     check_offsets(OP, offsets, x.shape[0])
@@ -100,17 +96,18 @@ def grad_project(
     return out if many else out[0]
 
 
-def check_dim_of_x(x: Tensor, p_in: Projection) -> None:
-    check_floats(OP, x=x)
-    check_dim(OP, "x", x, "[N, d_in]", 2)
-    if _check_kind("p_in", p_in):
-        check_floats(OP, x=x, p_in=p_in)
-        check_dim(OP, "p_in", p_in, "[k_in, d_in]", 2)
-        check_size(OP, "p_in", p_in, "[k_in, d_in]", (p_in.shape[0], x.shape[1]))
+def _lists(g: Any, p_out: Any) -> tuple[list[Tensor], list[Projection]]:
+    if not isinstance(g, (list, tuple)):
+        return [g], [p_out]
+    if isinstance(p_out, Rademacher) or not isinstance(p_out, (list, tuple)):
+        raise TypeError(f"{OP}: p_out must be a list where g is, got {type(p_out).__name__}")
+    if len(g) != len(p_out):
+        raise wanted(OP, "p_out", f"a list of {len(g)}, one a map", len(p_out))
+    return list(g), list(p_out)
 
 
-def _check_kind(name: str, p: object) -> bool:
-    """Is the projection a tensor? Or else a valid seed or None."""
+def _matrix(name: str, p: Projection) -> Tensor | None:
+    """The projection if it is a tensor; otherwise it is a valid seed or None."""
     if isinstance(p, Rademacher):
         check_rademacher(OP, name, *p)
     elif p is not None and not isinstance(p, Tensor):
@@ -118,27 +115,35 @@ def _check_kind(name: str, p: object) -> bool:
             f"{OP}: {name} must be a torch.Tensor, Rademacher(k, seed) or None, "
             f"got {type(p).__name__}"
         )
-    return isinstance(p, Tensor)
+    return p if isinstance(p, Tensor) else None
+
+
+def _check_inputs(x: Tensor, p_in: Projection) -> None:
+    matrix = _matrix("p_in", p_in)
+    check_floats(OP, x=x, p_in=matrix)
+    check_dim(OP, "x", x, "[N, d_in]", 2)
+    if matrix is not None:
+        check_dim(OP, "p_in", matrix, "[k_in, d_in]", 2)
+        check_size(OP, "p_in", matrix, "[k_in, d_in]", (matrix.shape[0], x.shape[1]))
 
 
 def _check_map(x: Tensor, g: Tensor, p: Projection, at: str) -> None:
-    n, name, p_name = x.shape[0], f"g{at}", f"p_out{at}"
-    is_tensor = _check_kind(p_name, p)
-    if isinstance(g, Tensor) and g.dtype == torch.int64:
-        check_size(OP, name, g, "[N]", (n,))
-        if is_tensor:
-            check_floats(OP, **{"x": x, p_name: p})
-            check_dim(OP, p_name, p, "[k_out, d_out]", 2)
-        elif p is None:
+    name, p_name = f"g{at}", f"p_out{at}"
+    matrix = _matrix(p_name, p)
+    hot = isinstance(g, Tensor) and g.dtype == torch.int64
+    check_floats(OP, **({"x": x} if hot else {name: g}), **{p_name: matrix})
+    if matrix is not None:
+        check_dim(OP, p_name, matrix, "[k_out, d_out]", 2)
+    if hot:
+        check_size(OP, name, g, "[N]", (x.shape[0],))
+        if p is None:
             raise wanted(OP, p_name, "a projection where g is int64 (d_out is unknown)", None)
-        _check_ids(name, g, p.shape[1] if is_tensor else 1 << 32)
+        _check_ids(name, g, 1 << 32 if matrix is None else matrix.shape[1])
     else:
-        check_floats(OP, **{name: g, p_name: p if is_tensor else None})
         check_dim(OP, name, g, "[N, d_out]", 2)
-        check_size(OP, name, g, "[N, d_out]", (n, g.shape[1]))
-        if is_tensor:
-            check_dim(OP, p_name, p, "[k_out, d_out]", 2)
-            check_size(OP, p_name, p, "[k_out, d_out]", (p.shape[0], g.shape[1]))
+        check_size(OP, name, g, "[N, d_out]", (x.shape[0], g.shape[1]))
+        if matrix is not None:
+            check_size(OP, p_name, matrix, "[k_out, d_out]", (matrix.shape[0], g.shape[1]))
         if (g.dtype == torch.float64) != (x.dtype == torch.float64):
             raise TypeError(f"{OP}: {name} must be float64 where x is, got {g.dtype} and {x.dtype}")
     if g.device != x.device:

@@ -26,26 +26,27 @@ class Side:
     ) -> None:
         self.rows, self.p, self.acc = rows, p, acc
         self.hot = not rows.is_floating_point()
+        self.matrix: Tensor | None = None  # [k, d], of one-hot rows their columns [k, N]
+        self.scale = 1.0
         self.is_tensor = p is not None and p.ndim == 2
-        self.scale = 1 / math.sqrt(k) if seed >= 0 and not self.is_tensor else 1.0
-        self.matrix = None
-        if self.is_tensor:
-            self.matrix = p.to(acc) if not self.hot else p[:, rows].to(acc)
+        if p is not None and self.is_tensor:
+            self.matrix = (p[:, rows] if self.hot else p).to(acc)
         elif seed >= 0:
             columns = rows if self.hot else torch.arange(rows.shape[1], device=rows.device)
             self.matrix = signs(k, columns, seed, stream).to(acc)
-        if self.hot:
-            self.values = self.matrix.T
+            self.scale = 1 / math.sqrt(k)
+        if self.matrix is None:
+            self.values = rows.to(acc)
         else:
-            self.values = rows.to(acc) if self.matrix is None else rows.to(acc) @ self.matrix.T
+            self.values = self.matrix.T if self.hot else rows.to(acc) @ self.matrix.T
 
     def backward(self, grad: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the rows and of a tensor projection from that of `values`."""
         rows = like.new_empty(0)
         if not self.hot:
             rows = (grad if self.matrix is None else grad @ self.matrix).to(self.rows.dtype)
-        if not self.is_tensor:
-            return rows, like.new_empty(0 if self.p is None else self.p.shape)
+        if self.p is None or not self.is_tensor:
+            return rows, like.new_empty(0)
         if self.hot:
             p = grad.new_zeros(self.p.shape).index_add_(1, self.rows, grad.T)
         else:
