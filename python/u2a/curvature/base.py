@@ -36,6 +36,7 @@ class Curvature:
     `mean_eigenvalue` and `diagonal` are Hutchinson and Bekas estimates from `probes` Rademacher
     vectors z of a fixed `seed`: the means of z.Az / p and of z * Az. Variance: for the trace
     2 sum_{i != j} A_ij^2 / probes, for entry i of the diagonal sum_{j != i} A_ij^2 / probes.
+    Operators that know their diagonal say probes = 0.
     """
 
     definite: bool = True
@@ -89,7 +90,7 @@ class Sum(Curvature):
             raise ValueError("Sum: terms must hold at least one (coefficient, operator), got none")
         self.terms = list(terms)
         operators = [op for _, op in self.terms]
-        self.definite = all(c >= 0 and getattr(op, "definite", True) for c, op in self.terms)
+        self.definite = all(c >= 0 and getattr(op, "definite", False) for c, op in self.terms)
         self.stochastic = any(getattr(op, "stochastic", False) for op in operators)
         self.probes = sum(getattr(op, "probes", 0) for op in operators)
 
@@ -134,7 +135,7 @@ class Damped(Curvature):
         if not (damping >= 0 and damping < float("inf")):
             raise ValueError(f"Damped: damping must be finite and at least 0, got {damping}")
         self.operator, self.damping = operator, float(damping)
-        self.definite = getattr(operator, "definite", True)
+        self.definite = getattr(operator, "definite", False)
         self.stochastic = getattr(operator, "stochastic", False)
 
     @property

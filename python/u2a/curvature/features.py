@@ -71,6 +71,8 @@ class Features(Curvature):
         weights: `[n]`, at least 0; default 1/n.
     """
 
+    probes = 0
+
     def __init__(
         self, g: Tensor, like: Mapping[str, Tensor], weights: Tensor | None = None
     ) -> None:
@@ -108,6 +110,8 @@ class Features(Curvature):
 
 class Diagonal(Curvature):
     """A diagonal matrix, e.g. Adam's second moments, or a Fisher diagonal."""
+
+    probes = 0
 
     def __init__(self, entries: Mapping[str, Tensor]) -> None:
         self.entries = dict(entries)

@@ -13,6 +13,7 @@ from torch import Tensor
 from u2a.errors import GuardError
 
 SLACK = 2e-3
+LEAST = 12  # steps: before, a small residual may belong to an eigenvalue inside the spectrum
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def lanczos(
         alphas.append(alpha)
         theta, s = eigh_tridiagonal(alphas, betas)
         radius = max(abs(theta[0]), abs(theta[-1]))
-        done = len(alphas) >= min(steps, p) or beta <= 1e-12 * radius
-        if done or beta * abs(s[-1, 0]) <= SLACK * radius:
+        exact = beta <= 10 * torch.finfo(v.dtype).eps * radius  # an invariant subspace
+        near = len(alphas) >= LEAST and beta * abs(s[-1, 0]) <= SLACK * radius
+        if exact or near or len(alphas) >= min(steps, p):
             break
         betas.append(beta)
         before, v = v, w / beta

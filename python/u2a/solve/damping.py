@@ -69,7 +69,8 @@ def automatic(system: System, factor: float, seed: int = 0) -> str:
     if system.stochastic:
         raise ValueError("solve: damping 'auto' needs a fixed operator; give a number or a sample")
     found = spectrum(system, seed)
-    low = max(found.low, 0.0) if system.definite else found.low
+    known = getattr(system.operator, "definite", False)
+    low = max(found.low, 0.0) if known else found.low
     system.lam = max(system.own, factor * found.mean_abs - low)
     return (
         f"damping {system.lam:.3e} from Lanczos ({found.products} products): eigenvalues in "
