@@ -17,15 +17,14 @@ NAMES = ("x", "r", "d", "rz", "low", "high", "count", "broken")
 
 def _start(b: Tensor, options: Options) -> dict[str, Tensor]:
     z = b.clone() if options.precond is None else options.precond(b)
-    wide = {"dtype": torch.float64}
-    k = len(b)
+    k, wide = len(b), torch.float64
     return {
         "x": torch.zeros_like(b),
         "r": b.clone(),
         "d": z,
         "rz": (b * z).sum(1),
-        "low": torch.full((k,), torch.inf, **wide),  # type: ignore[arg-type]
-        "high": torch.full((k,), -torch.inf, **wide),  # type: ignore[arg-type]
+        "low": torch.full((k,), torch.inf, dtype=wide),
+        "high": torch.full((k,), -torch.inf, dtype=wide),
         "count": torch.zeros(k, dtype=torch.int64),
         "broken": torch.zeros(k, dtype=torch.bool),
     }

@@ -132,7 +132,8 @@ def each_column(
     state: State | None,
 ) -> Found:
     """A method for one vector, applied to every row of b."""
-    found, tensors = [], {}
+    found: list[Found] = []
+    tensors: dict[str, Tensor] = {}
     for j, row in enumerate(b):
         one, own = run(row, float(stop[j]), state.part(f"{j}.") if state else None)
         found.append(one)
