@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from u2a.errors import GuardError
@@ -30,22 +31,27 @@ def minres(system: System, b: Tensor, options: Options, state: State | None) -> 
             it.step()
         n = it.n
         tensors = {**it.v, "scalars": numbers(*(n[k] for k in SCALARS))}
-        return Found(it.v["x"][None], [int(n["count"])], [n["low"]], [n["high"]]), tensors
+        tensors["diagonal"], tensors["beside"] = numbers(*it.diagonal), numbers(*it.beside)
+        low, high = it.curvature()
+        return Found(it.v["x"][None], [int(n["count"])], [low], [high]), tensors
 
     return each_column(run, b, options.stop, state)
 
 
 class _Iteration:
     """One column: Lanczos vectors r1, r2 with y = M^-1 r2, search directions w, w1 with their
-    products q, q1, and a Givens rotation (cs, sn)."""
+    products q, q1, a Givens rotation (cs, sn), and the tridiagonal matrix so far."""
 
     def __init__(
         self, system: System, b: Tensor, options: Options, old: dict[str, Tensor] | None
     ) -> None:
         self.system, self.options = system, options
+        self.diagonal: list[float] = []
+        self.beside: list[float] = []
         if old is not None:
             self.v = {k: old[k].to(b, copy=True) for k in VECTORS}
             self.n = dict(zip(SCALARS, old["scalars"].tolist(), strict=True))
+            self.diagonal, self.beside = old["diagonal"].tolist(), old["beside"].tolist()
             return
         zero = torch.zeros_like(b)
         self.v = {k: zero.clone() for k in VECTORS}
@@ -78,7 +84,20 @@ class _Iteration:
         y.sub_(v["r2"], alpha=alpha / n["beta"])
         v["r1"], v["r2"], v["y"] = v["r2"], y, self._inverse(y)
         n["oldb"], n["beta"] = n["beta"], self._root(y, v["y"])
+        self.diagonal.append(alpha)
+        self.beside.append(n["beta"])
         self._rotate(unit, product, alpha)
+
+    def curvature(self) -> tuple[float, float]:
+        """Extreme Ritz values; with a preconditioner the quotients met, unless these missed a
+        negative Ritz value of M^-1 A (as many eigenvalues of it are negative as of A)."""
+        low, high = self.n["low"], self.n["high"]
+        if not self.diagonal:
+            return low, high
+        ritz = eigvalsh_tridiagonal(self.diagonal, self.beside[:-1])
+        if self.options.precond is None:
+            return min(low, float(ritz[0])), max(high, float(ritz[-1]))
+        return (float(ritz[0]) if ritz[0] < 0 < low else low), high
 
     def _rotate(self, unit: Tensor, product: Tensor, alpha: float) -> None:
         v, n = self.v, self.n

@@ -20,7 +20,8 @@ class Solution:
     """`x` like the right-hand side; `residual` = ||(A + damping I) x - b|| / ||b||, recomputed.
 
     `min_curvature`, `max_curvature`: extremes of d.(A + damping I)d / d.d over the directions d
-    tried; for a closed form, ends of the spectrum of what was inverted. `products`: all products
+    tried, in "minres" extreme Ritz values; for a closed form, ends of the spectrum of what was
+    inverted. `products`: all products
     with A this call has spent, on preconditioner, damping, iterations and residual. `note`: how the
     damping was found. `state` continues an iteration: see `u2a.solve`.
     """
