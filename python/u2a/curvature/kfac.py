@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a.batch import Batch
-from u2a.curvature.base import Curvature
+from u2a.curvature.base import Curvature, Sum, undamped
 from u2a.curvature.factors import (
     Accumulate,
     Bases,
@@ -23,6 +23,7 @@ from u2a.curvature.factors import (
     stacked,
 )
 from u2a.curvature.features import turned
+from u2a.curvature.model import ModelCurvature, Stream
 from u2a.curvature.sources import Labels, Roots, Source, sources
 from u2a.index.engine import capture
 from u2a.products import Batches, Loss, Refs
@@ -177,6 +178,17 @@ def _pass(
                 if once:
                     spec.check_once()
         run.check_used()
+
+
+def positive_diagonal(operator: Any, draws: int = 8) -> Tree:
+    """A diagonal for `u2a.solve` to divide by: of a model's curvature from sums of squared
+    gradients (`fisher_diagonal`), which has no negative entries and far less noise than random
+    probes; of other operators their own."""
+    operator, _ = undamped(operator)
+    if isinstance(operator, ModelCurvature | Stream | Sum) and operator.probes:
+        return fisher_diagonal(operator, draws=draws)
+    found: Tree = operator.diagonal()
+    return found
 
 
 def fisher_diagonal(operator: Any, *, draws: int = 1, seed: int = 0) -> Tree:

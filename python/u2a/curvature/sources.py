@@ -13,7 +13,7 @@ from u2a.batch import AnswerLogps, Batch
 from u2a.curvature.base import Sum, undamped
 from u2a.curvature.factors import sample_rows, uniform, wide
 from u2a.curvature.features import packed
-from u2a.curvature.model import EmpiricalFisher, ModelCurvature
+from u2a.curvature.model import EmpiricalFisher, ModelCurvature, Stream
 from u2a.index.engine import Capture
 from u2a.index.packed import Packed, hidden_states, running
 from u2a.index.taps import LOGITS
@@ -38,6 +38,8 @@ class Source:
 def sources(operator: Any) -> tuple[nn.Module, list[Source]]:
     """The model and data behind an operator. Raises ValueError where there are none."""
     operator, _ = undamped(operator)
+    if isinstance(operator, Stream):
+        operator = operator.operator
     if isinstance(operator, Sum):
         parts = [(coef, *sources(op)) for coef, op in operator.terms]
         model = parts[0][1]

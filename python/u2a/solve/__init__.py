@@ -103,7 +103,7 @@ def solve(
             one that lifts a Lanczos bound of the lowest eigenvalue to r times the mean
             |eigenvalue|, which "rel:r" means too for a `Hessian` (not in "minres"). Added to that
             of a `Damped` operator, but "auto" counts that in.
-        precond: of "cg", "minres", "neumann": "jacobi" (estimated diagonal), "nystrom:R" (R
+        precond: of "cg", "minres", "neumann": "jacobi" (`positive_diagonal`), "nystrom:R" (R
             products; positive semidefinite A), "kfac", "ekfac", an operator with `inverse(tree,
             damping)`, or a callable on trees, symmetric positive definite.
         tol: iterations stop when the recursive residual falls below tol ||rhs||.

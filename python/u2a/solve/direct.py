@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a.curvature.kfac import EKFAC, KFAC
+from u2a.curvature.kfac import EKFAC, KFAC, positive_diagonal
 from u2a.solve.system import Found, System
 
 
@@ -34,7 +34,8 @@ def _identity(system: System, b: Tensor, method: str) -> tuple[Tensor, float, fl
 
 
 def _diagonal(system: System, b: Tensor, method: str) -> tuple[Tensor, float, float]:
-    d = system.flat(system.base.diagonal()) + system.lam
+    op = system.base
+    d = system.flat(positive_diagonal(op) if system.definite else op.diagonal()) + system.lam
     return b / d, float(d.min()), float(d.max())
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from u2a.curvature.kfac import EKFAC, KFAC
+from u2a.curvature.kfac import EKFAC, KFAC, positive_diagonal
 from u2a.errors import GuardError
 from u2a.solve.system import Rows, System
 
@@ -28,7 +29,7 @@ def preconditioner(precond: Any, system: System, seed: int = 0) -> Rows | None:
         if precond == "jacobi":
             return jacobi(system)
         if precond in ("kfac", "ekfac"):
-            made = {"kfac": KFAC, "ekfac": EKFAC}[precond].of(system.base)
+            made = {"kfac": KFAC, "ekfac": EKFAC}[precond].of(system.base, draws=4, seed=seed)
             return by_inverse(made, system)
     elif hasattr(precond, "inverse"):
         return by_inverse(precond, system)
@@ -42,17 +43,23 @@ def _by_trees(inverse: Callable[[Any], Any], system: System) -> Rows:
 
 
 def by_inverse(operator: Any, system: System) -> Rows:
-    """(B + lam I)^-1 of an operator B that knows its inverse; lam at least 1e-4 of B's mean
-    eigenvalue, so that an undamped system can be preconditioned too."""
+    """(B + mu I)^-1 of an operator B that knows its inverse. mu is the damping lam, at least 1e-4
+    of B's mean eigenvalue, so that an undamped system can be preconditioned too.
+
+    For K-FAC and EK-FAC mu = 3 sqrt(lam x B's largest eigenvalue), about the middle of the damped
+    spectrum on a log scale: their small eigenvalues are mostly noise of the draws, and with
+    mu = lam plain CG is faster (measured on the matrix of benchmarks/bench_solve.py).
+    """
     assert isinstance(system.lam, float)
     lam = max(system.lam, 1e-4 * operator.mean_eigenvalue())
+    if isinstance(operator, KFAC):
+        lam = 3 * (lam * float(operator.eigenvalues().max())) ** 0.5
     return _by_trees(lambda tree: operator.inverse(tree, lam), system)
 
 
 def jacobi(system: System) -> Rows:
-    """1 / (diag A + lam); estimated entries below 0 count as 0."""
-    d = system.flat(system.base.diagonal()).clamp_min(0) + system.lam
-    system.products += getattr(system.operator, "probes", 0)
+    """1 / (diag A + lam), diagonal as `positive_diagonal`; entries below 0 count as 0."""
+    d = system.flat(positive_diagonal(system.base)).clamp_min(0) + system.lam
     if not bool((d > 0).all()):
         raise GuardError(
             f"solve: jacobi needs a positive diagonal, {int((d <= 0).sum())} entries are not; "
@@ -62,11 +69,24 @@ def jacobi(system: System) -> Rows:
 
 
 def nystrom(system: System, rank: int, seed: int = 0) -> Rows:
-    """U (Lambda + lam)^-1 (lambda_R + lam) U^T + I - U U^T from R products with random vectors.
+    """U (Lambda + lam)^-1 (lambda_R + lam) U^T + I - U U^T, lambda_R the least of Lambda.
+
+    Source: Frangella, Tropp and Udell, arXiv 2110.02820, section 5.
+    """
+    u, values = sketch(system, rank, seed)
+    lam = system.lam
+    if not float(values[-1]) + lam > 0:
+        raise ValueError(f"solve: nystrom:{rank} of a matrix of lower rank needs a damping above 0")
+    scale = (values[-1] + lam) / (values + lam) - 1
+    return lambda r: r + ((r @ u) * scale) @ u.T
+
+
+def sketch(system: System, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """U `[p, R]`, Lambda `[R]` with A ~ U diag(Lambda) U^T, from R products with random vectors.
 
     For positive semidefinite A; raises GuardError where the sketch shows that A is not.
 
-    Source: Frangella, Tropp and Udell, arXiv 2110.02820, algorithms 2.1 and 5.1.
+    Source: Frangella, Tropp and Udell, arXiv 2110.02820, algorithm 2.1.
     """
     p = len(system.vector)
     if not 1 <= rank <= p:
@@ -87,9 +107,4 @@ def nystrom(system: System, rank: int, seed: int = 0) -> Rows:
     b = torch.linalg.solve_triangular(factor, y.T.double(), upper=False).T
     u, s, _ = torch.linalg.svd(b, full_matrices=False)
     values = (s.square() - shift.double()).clamp_min(0)
-    u, values = u.to(system.vector), values.to(system.vector)
-    lam = system.lam
-    if not float(values[-1]) + lam > 0:
-        raise ValueError(f"solve: nystrom:{rank} of a matrix of lower rank needs a damping above 0")
-    scale = (values[-1] + lam) / (values + lam) - 1
-    return lambda r: r + ((r @ u) * scale) @ u.T
+    return u.to(system.vector), values.to(system.vector)
