@@ -62,6 +62,37 @@ def test_resolved_yaml_replays_from_elsewhere(write, tmp_path):
     assert again == cfg and again.model.revision == "1e10" and again.solve.damping == 1e-3
 
 
+@pytest.mark.parametrize(
+    "solve",
+    [
+        "{damping: auto}",
+        "{method: minres, curvature: hessian, damping: 'auto:0.5', precond: jacobi}",
+        "{method: cg, precond: 'nystrom:64'}",
+        "{method: woodbury, curvature: fisher}",
+        "{method: datainf, curvature: fisher}",
+        "{method: ekfac}",
+        "{method: neumann, precond: ekfac}",
+    ],
+)
+def test_solvers_that_can_be_configured(write, solve):
+    assert load_config(write(GOOD + f"\nsolve: {solve}\n")).solve.method
+
+
+@pytest.mark.parametrize(
+    "solve, message",
+    [
+        ("{method: woodbury}", "solve.curvature: 'ggn', wanted fisher, which .* woodbury needs"),
+        ("{method: ekfac, precond: jacobi}", "solve.precond: 'jacobi', wanted none beside .*ekfac"),
+        ("{precond: 'nystrom:0'}", "solve.precond: 'nystrom:0', wanted none, jacobi, kfac, ekfac"),
+        ("{damping: 'auto:x'}", "solve.damping: 'auto:x', wanted a number >= 0, 'auto'"),
+        ("{method: newton}", "solve.method: 'newton', wanted one of cg, minres, neumann, woodbury"),
+    ],
+)
+def test_solvers_that_cannot(write, solve, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(GOOD + f"\nsolve: {solve}\n"))
+
+
 def test_every_fault_at_once_with_the_nearest_name(write):
     path = write(
         """

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from u2a.bilevel import bilevel
+    from u2a.curvature import GaussNewton, Hessian, Sum
     from u2a.dual import dual
-    from u2a.operators import GaussNewton, Hessian, Sum
     from u2a.products import answer_logps, ggnvp, gradient, hvp, jvp_scores
     from u2a.scan import scan
     from u2a.select import select
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
-    "GaussNewton": "operators",
-    "Hessian": "operators",
-    "Sum": "operators",
+    "GaussNewton": "curvature",
+    "Hessian": "curvature",
+    "Sum": "curvature",
     "U2ATrainer": "trainer",
     "answer_logps": "products",
     "bilevel": "bilevel",

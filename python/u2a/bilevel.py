@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from u2a.adapter import reference_logps, restore, snapshot
 from u2a.batch import Pair, Row, pair_batches, row_batches
+from u2a.curvature import Damped, EmpiricalFisher, GaussNewton, Hessian, Sum
 from u2a.evaluate import preference
 from u2a.inner import InnerProblem
 from u2a.losses import LOSSES, dpo_terms
 from u2a.products import gradient
 from u2a.scan import Scores, scan
 from u2a.select import Selection, block_greedy, exponentiated_gradient
-from u2a.solve import GaussNewton, Hessian, Method, Solution, Sum, solve
+from u2a.solve import Method, Solution, solve
 from u2a.tree import Tree
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -31,11 +32,13 @@ Report = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class SolveSettings:
-    """`damping` is added to the anchor lambda: a number, or "rel:x" times the mean eigenvalue."""
+    """As `u2a.solve`. `damping` is added to the anchor lambda: a number, or "rel:x" times the mean
+    eigenvalue; "auto" counts the anchor in, and "rel:x" means it where `curvature` is "hessian"."""
 
     method: Method = "cg"
-    curvature: Literal["ggn", "hessian"] = "ggn"
+    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
     damping: float | str = "rel:0.1"
+    precond: str = "none"
     tol: float = 1e-4
     max_iter: int = 100
 
@@ -95,7 +98,9 @@ class Outer:
 
     def operator(self, weights: Tensor) -> Sum:
         """sum_j w_j H_j + mu H_R at the present parameters, without the damping."""
-        make = {"ggn": GaussNewton, "hessian": Hessian}[self.settings.curvature]
+        make: Any = {"ggn": GaussNewton, "hessian": Hessian, "fisher": EmpiricalFisher}[
+            self.settings.curvature
+        ]
         p = self.problem
         terms: list[tuple[float, Any]] = []
         if p.retain_weight:
@@ -115,19 +120,13 @@ class Outer:
 
     def gains(self, weights: Tensor) -> tuple[Scores, Solution]:
         """gain_i of every candidate at the present parameters, and the solve behind it."""
-        s, operator = self.settings, self.operator(weights)
+        s = self.settings
         solution = solve(
-            operator, self.gradient(), method=s.method, damping=self.damping(operator),
-            tol=s.tol, max_iter=s.max_iter,
+            Damped(self.operator(weights), self.problem.anchor), self.gradient(), method=s.method,
+            damping=s.damping, precond=None if s.precond == "none" else s.precond, tol=s.tol,
+            max_iter=s.max_iter,
         )  # fmt: skip
         return self.score(solution.x), solution
-
-    def damping(self, operator: Sum) -> float:
-        """lambda of the inner problem plus the solve's own damping."""
-        extra = self.settings.damping
-        if isinstance(extra, str):
-            extra = float(extra.removeprefix("rel:")) * operator.mean_eigenvalue()
-        return self.problem.anchor + extra
 
     def score(self, v: Tree) -> Scores:
         """gain_i = -<v, grad l_i> for every candidate: one dual forward of the pool."""
@@ -278,6 +277,8 @@ class _Keeper:
             "residual": solution.residual,
             "iterations": solution.iterations,
             "negative_curvature": solution.negative_curvature,
+            "damping": solution.damping,
+            "solve": solution.note,
         }
         self.rounds.append(row | facts)
         self.outer.say("round", **self.rounds[-1])

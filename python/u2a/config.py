@@ -24,16 +24,28 @@ Count = Annotated[int, Field(ge=1)]
 
 def _damping(value: Any) -> float | str:
     number = value
-    if isinstance(value, str) and value.startswith("rel:"):
+    kind, _, share = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if value == "auto":
+        number = 1.0
+    elif kind in ("rel", "auto"):
         try:
-            number = float(value[4:])
+            number = float(share)
         except ValueError:
             number = None
     if isinstance(number, bool | str) or not isinstance(number, int | float):
-        raise ValueError("a number >= 0 or 'rel:' and a number, as in 'rel:0.1'")
+        raise ValueError("a number >= 0, 'auto', or 'rel:' and a number, as in 'rel:0.1'")
     if not (math.isfinite(number) and number >= 0):
         raise ValueError("finite and >= 0, absolute or as 'rel:0.1'")
     return value if isinstance(value, str) else float(number)
+
+
+def _precond(value: Any) -> str:
+    kind, _, rank = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind == "nystrom" and rank.isascii() and rank.isdigit() and int(rank) >= 1:
+        return str(value)
+    if value not in ("none", "jacobi", "kfac", "ekfac"):
+        raise ValueError("none, jacobi, kfac, ekfac or 'nystrom:' and a rank, as in 'nystrom:64'")
+    return str(value)
 
 
 def _targets(value: Any) -> str | list[str]:
@@ -109,11 +121,32 @@ class ObjectiveConfig(Section):
 
 
 class SolveConfig(Section):
-    method: Literal["cg", "neumann", "identity", "diagonal"] = "cg"
-    curvature: Literal["ggn", "hessian"] = "ggn"
+    """As `u2a.solve`. `curvature` "fisher": of per-example gradients, what "woodbury" and "datainf"
+    need."""
+
+    method: Literal[
+        "cg", "minres", "neumann", "woodbury", "kfac", "ekfac", "datainf", "diagonal", "identity"
+    ] = "cg"
+    curvature: Annotated[Literal["ggn", "hessian", "fisher"], Field(validate_default=True)] = "ggn"
     damping: Annotated[float | str, PlainValidator(_damping)] = "rel:0.1"
+    precond: Annotated[str, PlainValidator(_precond)] = "none"
     tol: Positive = 1e-4
     max_iter: Count = 50
+
+    @field_validator("curvature")
+    @classmethod
+    def _has_rows(cls, value: str, info: Info) -> str:
+        if info.data.get("method") in ("woodbury", "datainf") and value != "fisher":
+            raise ValueError(f"fisher, which solve.method {info.data['method']} needs")
+        return value
+
+    @field_validator("precond")
+    @classmethod
+    def _goes_with(cls, value: str, info: Info) -> str:
+        method = info.data.get("method", "cg")
+        if value != "none" and method not in ("cg", "minres", "neumann"):
+            raise ValueError(f"none beside solve.method {method}")
+        return value
 
 
 class SelectConfig(Section):

@@ -58,6 +58,7 @@ def _validation(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         for i, w in enumerate(v["weights"])
     ]
     solve = metrics["solve"]
+    note = f" ({_text(solve['note'])})" if solve.get("note") else ""
     return (
         _picture(pictures["predicted_realised"], "predicted against realised gain")
         + "<p>Realised: the inner problem is solved with the weight on that one example, starting "
@@ -65,7 +66,7 @@ def _validation(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> st
         f"at that optimum. The run's own weight per example is {v['run_weight']:g}.</p>"
         + _table(["weight", *v["spearman"], "candidates"], rows)
         + f"<p class=muted>Solve: {_text(solve['method'])} on {_text(solve['curvature'])}, damping "
-        f"{solve['damping']:.3g}, {solve['iterations']} iterations, true residual "
+        f"{solve['damping']:.3g}{note}, {solve['iterations']} iterations, true residual "
         f"{solve['residual']:.1e}. Largest gradient entry left by the inner solves "
         f"{v['inner_gradient']:.1e}. Bands: bootstrap over the candidates.</p>"
     )

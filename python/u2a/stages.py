@@ -73,15 +73,14 @@ class Run:
             raise GuardError(f"scan: {len(bad)} candidates have a non-finite gain: uid {uids}")
         columns = {"uid": scores.uid, "gain": scores.gain.tolist(), "identity": plain.tolist()}
         self.dir.write_parquet(SCORES, columns | {"finite": scores.finite.tolist()})
-        facts = {k: v for k, v in vars(solution).items() if k != "x"}
-        settings = {"method": outer.settings.method, "curvature": outer.settings.curvature}
-        self.dir.write_json("solve.json", settings | facts)
+        settings = {"curvature": outer.settings.curvature, "precond": outer.settings.precond}
+        self.dir.write_json("solve.json", settings | solution.facts())
         return [SCORES, "solve.json"]
 
     def gains(self) -> dict[str, Tensor]:
         table = self.dir.read_parquet(SCORES)
         solve = self.dir.read_json("solve.json")
-        name = solve["curvature"] if solve["method"] == "cg" else solve["method"]
+        name = solve["curvature"] if solve["method"] in ("cg", "minres") else solve["method"]
         found = {name: torch.tensor(table["gain"])}
         if solve["method"] != "identity":
             found["identity"] = torch.tensor(table["identity"])

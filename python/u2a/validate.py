@@ -29,7 +29,7 @@ def candidates(n: int, count: int, seed: int) -> list[int]:
 
 def identity_gain(outer: Outer, main: Tensor) -> Tensor:
     """Gains with A = (anchor + damping) I, what public U2A code uses; scaled like `main`."""
-    settings = dataclasses.replace(outer.settings, method="identity")
+    settings = dataclasses.replace(outer.settings, method="identity", precond="none")
     plain = dataclasses.replace(outer, settings=settings)
     return plain.gains(torch.zeros(len(main)))[0].gain
 

@@ -140,7 +140,7 @@ class Workspace:
             self.problem,
             PairSet.build(self.model, self.data.pa, tokens),
             PairSet.build(self.model, self.data.validation, tokens),
-            SolveSettings(s.method, s.curvature, s.damping, s.tol, s.max_iter),
+            SolveSettings(s.method, s.curvature, s.damping, s.precond, s.tol, s.max_iter),
             self.resolve,
             beta=self.cfg.objective.beta,
             report=self.report,

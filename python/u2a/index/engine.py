@@ -116,6 +116,12 @@ class Capture:
         site.slots = {i: slot(site.rules[i].shape) for i in self._ids}
         return list(site.slots.values())
 
+    def lay(self, batch: Packed) -> list[Tensor]:
+        """`open_slots` for a batch on the model's device."""
+        rows = torch.arange(len(batch), device=batch.offsets.device)
+        owner = torch.repeat_interleave(rows, batch.offsets.diff(), output_size=batch.ids.shape[1])
+        return self.open_slots(len(batch), batch.offsets, owner)
+
     def answer_logps(self, batch: Packed, ref: Tensor | None = None) -> AnswerLogps:
         """Log-probabilities of a packed batch's answers, with taps in their graph."""
         backbone = self.backbone if self._compiled is None else self._compiled
@@ -147,9 +153,7 @@ class Capture:
         if compile and self._compiled is None:
             self._compiled = torch.compile(self.backbone, fullgraph=True)
         batch = batch.to(self.head.weight.device)
-        rows = torch.arange(len(batch), device=batch.offsets.device)
-        owner = torch.repeat_interleave(rows, batch.offsets.diff(), output_size=batch.ids.shape[1])
-        slots = self.open_slots(len(batch), batch.offsets, owner)
+        slots = self.lay(batch)
         with torch.enable_grad(), running(batch):
             total = loss(self.answer_logps(batch, ref)).sum()
             grads = torch.autograd.grad(total, slots, allow_unused=True)
