@@ -88,7 +88,8 @@ FAMILIES = {
     ),
 }
 SHARED = ("gemma", "gemma2", "gemma3", "phi3", "phi", "gpt_neox", "opt")
-FAMILIES.update({name: tiny_index.FAMILIES[name] for name in SHARED})
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+FAMILIES.update({name: tiny_index.FAMILIES[name] for name in (*SHARED, *EXPERTS)})
 TARGETS = {
     "gpt2": ["c_attn", "c_fc"],
     "gpt2-gelu": ["c_attn", "c_proj"],
@@ -97,6 +98,7 @@ TARGETS = {
     "phi": ["q_proj", "v_proj", "dense", "fc2"],
     "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
     "opt": ["q_proj", "v_proj", "out_proj", "fc1"],
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), ["q_proj", "v_proj", "o_proj"]),
 }
 
 
@@ -182,20 +184,31 @@ def _plain_norm(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
 
 
+def _plain_router(m: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    z = F.linear(x.reshape(-1, x.shape[-1]), m.weight)
+    score, chosen = torch.topk(torch.softmax(z, -1), m.top_k, dim=-1)
+    if getattr(m, "norm_topk_prob", True):
+        score = score / score.sum(-1, keepdim=True)
+    return z, score, chosen
+
+
 @contextmanager
 def plain(model: nn.Module):
-    """Plain attention and float64 norms while open; yields the causal LM."""
+    """Plain attention and experts, float64 norms and routers while open; yields the causal LM."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     norms = [m for m in base.modules() if type(m).__name__.endswith("RMSNorm")]
-    before = base.config._attn_implementation
-    base.config._attn_implementation = "oracle"
+    routers = [m for m in base.modules() if type(m).__name__.endswith("TopKRouter")]
+    before = base.config._attn_implementation, base.config._experts_implementation
+    base.config._attn_implementation, base.config._experts_implementation = "oracle", "eager"
     for m in norms:
         m.forward = partial(_plain_norm, m)
+    for m in routers:
+        m.forward = partial(_plain_router, m)
     try:
         yield base
     finally:
-        base.config._attn_implementation = before
-        for m in norms:
+        base.config._attn_implementation, base.config._experts_implementation = before
+        for m in norms + routers:
             del m.forward
 
 

@@ -1,9 +1,9 @@
 """A language-model head with a bias or a soft cap, and cross-entropy, on dual rows.
 
-z = W h + b, z_t = W h_t + W_t h + b_t; a = c tanh(z / c), a_t = s z_t with s = a'(z); p = softmax a,
-e = sum p a_t, u = p (a_t - e). For cotangents (x, y) of (loss, loss_t): dz_t = y s (p - 1),
-dz = s (x (p - 1) + y u) + y a''(z) z_t (p - 1), with 1 the one-hot target. The backward redoes the
-forward, some tokens at a time: never [N, V].
+z = W h + b, z_t = W h_t + W_t h + b_t; a = c tanh(z / c), a_t = s z_t with s = a'(z);
+p = softmax a, e = sum p a_t, u = p (a_t - e). For cotangents (x, y) of (loss, loss_t), with 1 the
+one-hot target: dz_t = y s (p - 1), dz = s (x (p - 1) + y u) + y a''(z) z_t (p - 1).
+The backward redoes the forward, some tokens at a time: never [N, V].
 """
 
 from __future__ import annotations
