@@ -256,6 +256,42 @@ def test_unknown_models_and_cross_attention_are_refused():
             pass
 
 
+def noisy(model):
+    model.model.layers[0].mlp.jitter_noise = 0.1
+    model.train()
+
+
+EXPERT_REFUSALS = {
+    "clip": ("olmoe", lambda m: setattr(m.config, "clip_qkv", 2.0), r"self_attn .*clip_qkv=2\.0"),
+    "jitter": ("mixtral", noisy, r"layers\.0\.mlp .*jitter_noise=0\.1"),
+    "parameters": (
+        "qwen3_moe",
+        attribute("model.layers.1.mlp.experts", "bias", nn.Parameter(torch.zeros(4))),
+        r"layers\.1\.mlp\.experts .*parameters other than",
+    ),
+    "parallel": (
+        "qwen2_moe",
+        attribute("model.layers.0.mlp.experts", "_is_expert_parallel", True),
+        r"layers\.0\.mlp\.experts .*spread over devices",
+    ),
+    "activation": (
+        "qwen2_moe",
+        replaced("model.layers.0.mlp.experts.act_fn", lambda m: nn.Mish()),
+        r"layers\.0\.mlp\.experts .*activation .*Mish",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_REFUSALS)
+def test_settings_of_experts_without_a_known_tangent(case):
+    family, change, match = EXPERT_REFUSALS[case]
+    model = make(family)
+    change(model)
+    with pytest.raises(UnsupportedModel, match=match):
+        with dual(model, {}):
+            pass
+
+
 @pytest.mark.parametrize(
     "options, match",
     [

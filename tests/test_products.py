@@ -125,7 +125,11 @@ def test_scores_equal_a_loop_of_gradients(family, lora, loss):
     assert not got.requires_grad
 
 
-@pytest.mark.parametrize("family, lora", [("llama", False), ("llama", True), ("gpt2", True)])
+@pytest.mark.parametrize(
+    "family, lora",
+    [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", False), ("opt", True),
+     ("qwen2_moe", False)],
+)  # fmt: skip
 def test_under_activation_checkpointing(family, lora):
     model, batches = make(family, lora), two_batches()
     v = direction(model, 1)
@@ -174,6 +178,19 @@ def test_dual_answer_logps():
     order = batch.index.argsort()
     assert torch.allclose(lp.with_logp(logp_t).sequence()[order], scores, rtol=1e-12)
     assert (curvature > 0).all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi", "mixtral", "qwen2_moe"])
+def test_in_float32(family):
+    """The grouped kernel of the experts takes no float64."""
+    model, batches = make(family).float(), two_batches()
+    exact, v = make(family).float().double(), direction(model, 1)
+    wide = {n: t.double() for n, t in v.items()}
+    for f in (hvp, ggnvp):
+        got = {n: t.double() for n, t in f(model, batches, nll, v).items()}
+        assert relative(got, f(exact, batches, nll, wide)) < 2e-5
+    got, want = jvp_scores(model, batches, nll, v), jvp_scores(exact, batches, nll, wide)
+    assert (got - want).norm() / want.norm() < 2e-5
 
 
 def test_padding_and_batching_do_not_matter():

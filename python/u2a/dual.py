@@ -164,7 +164,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
 
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3 (text), Phi, Phi-3, GPT-NeoX,
-            OPT or GPT-2 for causal LM, with or without plain peft LoRA.
+            OPT, GPT-2, Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE for causal LM, with or without plain
+            peft LoRA. The experts' choice is held: it is constant almost everywhere.
         tangents: {parameter name: direction}, shape, dtype and device of the parameter; a missing
             name means zero; the direction of a tied weight applies to all its uses.
         mode: "hvp" (the backward of the tangent output is the Hessian product), "ggn" (backward
