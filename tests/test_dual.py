@@ -274,6 +274,11 @@ EXPERT_REFUSALS = {
         attribute("model.layers.0.mlp.experts", "_is_expert_parallel", True),
         r"layers\.0\.mlp\.experts .*spread over devices",
     ),
+    "routing of its own": (
+        "qwen3_moe",
+        replaced("model.layers.1.mlp.gate", lambda m: nn.Linear(16, 4).double()),
+        r"layers\.1\.mlp .*router torch.nn.modules.linear.Linear",
+    ),
     "activation": (
         "qwen2_moe",
         replaced("model.layers.0.mlp.experts.act_fn", lambda m: nn.Mish()),

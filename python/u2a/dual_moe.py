@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from u2a.dual_mlp import gating, product
-from u2a.dual_modules import Refused, Site, attention
+from u2a.dual_modules import Refused, Site, attention, path
 from u2a.grouped import grouped
 from u2a_kernels import dual_linear
 
@@ -78,8 +78,19 @@ def experts(module: Any, site: Site) -> dict[str, Any]:
     return {"forward": forward}
 
 
+def sparse(module: Any, site: Site) -> dict[str, Any]:
+    """A block that leaves all of its routing to its router and fused experts."""
+    router, experts = path(type(module.gate)), path(type(module.experts))
+    if not (router.endswith("TopKRouter") and experts.endswith("Experts")):
+        raise Refused(f"router {router} and experts {experts}, wanted a TopKRouter and Experts")
+    if module.training and getattr(module, "jitter_noise", 0.0) > 0:
+        raise Refused(f"jitter_noise={module.jitter_noise} in training mode; model.eval()")
+    return {}
+
+
 def shared_and_sparse(module: Any, site: Site) -> dict[str, Any]:
     """Qwen2-MoE: an expert that sees every token, under a sigmoid gate of its own."""
+    sparse(module, site)
 
     def forward(h: Tensor) -> Tensor:
         flat = h.flatten(0, -2)
@@ -91,12 +102,6 @@ def shared_and_sparse(module: Any, site: Site) -> dict[str, Any]:
         return out.view_as(h)
 
     return {"forward": forward}
-
-
-def jittered(module: Any, site: Site) -> dict[str, Any]:
-    if module.training and module.jitter_noise > 0:
-        raise Refused(f"jitter_noise={module.jitter_noise} in training mode; model.eval()")
-    return {}
 
 
 def olmoe_attention(module: Any, site: Site) -> dict[str, Any]:

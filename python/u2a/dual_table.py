@@ -39,7 +39,7 @@ from u2a.dual_modules import (
     rms_norm,
     scaled_embedding,
 )
-from u2a.dual_moe import experts, jittered, olmoe_attention, router, shared_and_sparse
+from u2a.dual_moe import experts, olmoe_attention, router, shared_and_sparse, sparse
 
 TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ModuleList": nothing,
@@ -78,7 +78,7 @@ _MOE: dict[str, Handler] = {
     **_LLAMA,
     "TopKRouter": router,
     "Experts": experts,
-    "SparseMoeBlock": nothing,
+    "SparseMoeBlock": sparse,
 }
 # Handlers by transformers' package, prefix of its class names, and the rest of the name.
 FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
@@ -91,7 +91,7 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
     ("gemma3", "Gemma3"): {**_GEMMA, "TextModel": nothing},
     ("phi3", "Phi3"): {**_LLAMA, "MLP": packed_mlp},
     ("phi", "Phi"): {**_LLAMA, "MLP": nothing},
-    ("mixtral", "Mixtral"): {**_MOE, "SparseMoeBlock": jittered},
+    ("mixtral", "Mixtral"): _MOE,
     ("qwen2_moe", "Qwen2Moe"): {**_MOE, "SparseMoeBlock": shared_and_sparse},
     ("qwen3_moe", "Qwen3Moe"): _MOE,
     ("olmoe", "Olmoe"): {**_MOE, "Attention": olmoe_attention},
