@@ -1,14 +1,19 @@
 """The dual context: what it refuses and by which name, and that it leaves nothing behind."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import SHAPE, checkpointed, direction, make, two_batches
+from tiny_models import SHAPE, checkpointed, direction, make, relative, rows, two_batches
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from u2a import dual_head
+from u2a.batch import collate
 from u2a.dual import UnsupportedModel, dual
-from u2a.products import answer_logps, hvp, jvp_scores
+from u2a.dual_mlp import relu
+from u2a.products import answer_logps, ggnvp, hvp, jvp_scores
 
 
 def nll(lp):
@@ -47,6 +52,39 @@ def test_model_calls_inside_the_context_are_dual_too():
         head, head_t = model.lm_head.weight, v["model.embed_tokens.weight"]
     assert torch.allclose(z[:3], h[:3] @ head.T, rtol=1e-12)
     assert torch.allclose(z[3:], h[3:] @ head.T + h[:3] @ head_t.T, rtol=1e-12)
+
+
+def test_a_call_of_a_model_that_caps_its_logits_is_refused_inside():
+    model, batch = make("gemma2", lora=True), two_batches()[0]
+    before = model(input_ids=batch.ids).logits
+    assert before.abs().max() < 3.0
+    with dual(model, {}):
+        with pytest.raises(RuntimeError, match="Gemma2ForCausalLM caps its logits"):
+            model(input_ids=batch.ids)
+    assert torch.equal(model(input_ids=batch.ids).logits, before)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi"])
+def test_a_head_with_cap_or_bias_is_the_same_in_chunks(family, monkeypatch):
+    model, batches = make(family), two_batches()
+    v = direction(model, 1)
+    want = [f(model, batches, nll, v) for f in (hvp, ggnvp)]
+    scores = jvp_scores(model, batches, nll, v)
+    monkeypatch.setattr(dual_head, "LOGITS", {"cpu": 1})  # 16 tokens at once, of up to 29
+    batch = collate([row for row in rows() for _ in range(2)])
+    assert int(batch.answer.sum()) > 32
+    assert torch.allclose(jvp_scores(model, batches, nll, v), scores, rtol=1e-12)
+    twice = [f(model, batch, nll, v) for f in (hvp, ggnvp)]
+    for w, t in zip(want, twice, strict=True):
+        assert relative(t, w) < 1e-12
+
+
+def test_relu_keeps_a_nan_and_has_no_slope_at_zero():
+    off, nan = 0.0, float("nan")
+    x = torch.tensor([[2.0, -2.0, off, nan], [5.0, 5.0, 5.0, 5.0]])
+    got = relu(nn.ReLU(), None)["forward"](x)
+    want = torch.tensor([[2.0, 0.0, 0.0, nan], [5.0, 0.0, 0.0, 5.0]])
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
 def test_contexts_do_not_nest_and_ordinary_passes_are_refused_inside():
@@ -126,8 +164,8 @@ REFUSALS = {
     ),
     "spoofed name": (spoofed, "layers.0.mlp .*LlamaMLP.* not in the table"),
     "activation": (
-        replaced("model.layers.0.mlp.act_fn", lambda m: nn.ReLU()),
-        "layers.0.mlp.act_fn .*ReLU",
+        replaced("model.layers.0.mlp.act_fn", lambda m: nn.Mish()),
+        "layers.0.mlp .*activation .*Mish",
     ),
     "unlisted leaf": (
         replaced("model.norm", lambda m: nn.BatchNorm1d(16)),
@@ -143,9 +181,9 @@ REFUSALS = {
         lambda m: setattr(m.model.norm, "forward", lambda x: x * x),
         "model.norm .*forward of its own",
     ),
-    "head bias": (
-        replaced("lm_head", lambda m: nn.Linear(16, 29, dtype=torch.float64)),
-        "output head .* without bias",
+    "own head": (
+        replaced("lm_head", lambda m: Linear(16, 29, dtype=torch.float64)),
+        "output head test_dual.Linear, wanted torch.nn.Linear",
     ),
     "embedding": (attribute("model.embed_tokens", "max_norm", 1.0), "embed_tokens .*max_norm"),
 }
@@ -191,19 +229,71 @@ def test_dropout_and_reentrant_checkpointing_are_refused_in_training_mode():
     with pytest.raises(UnsupportedModel, match=r"attention_dropout=0\.2"):
         with dual(model, {}):
             pass
+    opt = make("opt")
+    opt.model.decoder.layerdrop, opt.model.decoder.layers[1].dropout = 0.1, 0.2
+    opt.model.decoder.layers[0].self_attn.dropout = 0.3
+    with dual(opt, {}):
+        pass
+    with pytest.raises(UnsupportedModel) as error:
+        with dual(opt.train(), {}):
+            pass
+    assert len(error.value.faults) == 3
+    for fault in (r"decoder .*layerdrop=0\.1", r"layers\.1 .*dropout=0\.2", r"attn .*dropout=0\.3"):
+        assert any(re.search(fault, f) for f in error.value.faults)
     with pytest.raises(UnsupportedModel, match="reentrant"):
         with dual(checkpointed(make("llama"), reentrant=True), {}):
             pass
 
 
 def test_unknown_models_and_cross_attention_are_refused():
-    gemma = Gemma2ForCausalLM(Gemma2Config(**{**SHAPE, "pad_token_id": 0}))
-    with pytest.raises(UnsupportedModel, match="Gemma2ForCausalLM is not a known causal LM"):
-        answer_logps(gemma, two_batches()[0])
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=29, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(UnsupportedModel, match="BloomForCausalLM is not a known causal LM"):
+        answer_logps(bloom, two_batches()[0])
     gpt2 = make("gpt2")
     gpt2.transformer.h[0].attn.is_cross_attention = True
     with pytest.raises(UnsupportedModel, match="h.0.attn .*cross attention"):
         with dual(gpt2, {}):
+            pass
+
+
+def noisy(model):
+    model.model.layers[0].mlp.jitter_noise = 0.1
+    model.train()
+
+
+EXPERT_REFUSALS = {
+    "clip": ("olmoe", lambda m: setattr(m.config, "clip_qkv", 2.0), r"self_attn .*clip_qkv=2\.0"),
+    "jitter": ("mixtral", noisy, r"layers\.0\.mlp .*jitter_noise=0\.1"),
+    "parameters": (
+        "qwen3_moe",
+        attribute("model.layers.1.mlp.experts", "bias", nn.Parameter(torch.zeros(4))),
+        r"layers\.1\.mlp\.experts .*parameters other than",
+    ),
+    "parallel": (
+        "qwen2_moe",
+        attribute("model.layers.0.mlp.experts", "_is_expert_parallel", True),
+        r"layers\.0\.mlp\.experts .*spread over devices",
+    ),
+    "routing of its own": (
+        "qwen3_moe",
+        replaced("model.layers.1.mlp.gate", lambda m: nn.Linear(16, 4).double()),
+        r"layers\.1\.mlp .*router torch.nn.modules.linear.Linear",
+    ),
+    "activation": (
+        "qwen2_moe",
+        replaced("model.layers.0.mlp.experts.act_fn", lambda m: nn.Mish()),
+        r"layers\.0\.mlp\.experts .*activation .*Mish",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_REFUSALS)
+def test_settings_of_experts_without_a_known_tangent(case):
+    family, change, match = EXPERT_REFUSALS[case]
+    model = make(family)
+    change(model)
+    with pytest.raises(UnsupportedModel, match=match):
+        with dual(model, {}):
             pass
 
 

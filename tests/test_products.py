@@ -125,7 +125,11 @@ def test_scores_equal_a_loop_of_gradients(family, lora, loss):
     assert not got.requires_grad
 
 
-@pytest.mark.parametrize("family, lora", [("llama", False), ("llama", True), ("gpt2", True)])
+@pytest.mark.parametrize(
+    "family, lora",
+    [("llama", False), ("llama", True), ("gpt2", True), ("gemma2", False), ("opt", True),
+     ("qwen2_moe", False)],
+)  # fmt: skip
 def test_under_activation_checkpointing(family, lora):
     model, batches = make(family, lora), two_batches()
     v = direction(model, 1)
@@ -153,12 +157,19 @@ def test_symmetry(family):
         assert abs(dot(u, hv) - dot(v, hu)) < 1e-9 * norm(u) * norm(hv)
 
 
-def test_answer_logps_equal_the_model_itself():
-    model, batch = make("llama-tied"), two_batches()[0]
-    got, want = answer_logps(model, batch), oracle_logps(model, batch)
-    # Hugging Face's RMSNorm and softmax run in float32 inside.
-    assert (got.logp - want.logp).abs().max() < 1e-5
-    assert torch.equal(got.row, want.row) and torch.equal(got.count, want.count)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answer_logps_equal_the_model_itself(family):
+    model, batch = make(family), two_batches()[0]
+    model.config._experts_implementation = "eager"  # their grouped kernel takes no float64
+    with torch.no_grad():
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+    row, t = batch.answer.nonzero(as_tuple=True)
+    want = torch.log_softmax(logits[row, t - 1], -1).gather(1, batch.ids[row, t, None])[:, 0]
+    got, (dual, _, _) = answer_logps(model, batch), dual_answer_logps(model, batch, {})
+    # Hugging Face's RMSNorm, softmax and router run in float32 inside.
+    assert (got.logp - want).abs().max() < 1e-5
+    assert (dual.logp - want).abs().max() < 1e-5
+    assert torch.equal(got.row, row) and torch.equal(got.count, batch.answer.sum(1))
     got.sequence().sum().backward()
     assert model.get_input_embeddings().weight.grad.norm() > 0
 
@@ -174,6 +185,19 @@ def test_dual_answer_logps():
     order = batch.index.argsort()
     assert torch.allclose(lp.with_logp(logp_t).sequence()[order], scores, rtol=1e-12)
     assert (curvature > 0).all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi", "mixtral", "qwen2_moe"])
+def test_in_float32(family):
+    """The grouped kernel of the experts takes no float64."""
+    model, batches = make(family).float(), two_batches()
+    exact, v = make(family).float().double(), direction(model, 1)
+    wide = {n: t.double() for n, t in v.items()}
+    for f in (hvp, ggnvp):
+        got = {n: t.double() for n, t in f(model, batches, nll, v).items()}
+        assert relative(got, f(exact, batches, nll, wide)) < 2e-5
+    got, want = jvp_scores(model, batches, nll, v), jvp_scores(exact, batches, nll, wide)
+    assert (got - want).norm() / want.norm() < 2e-5
 
 
 def test_padding_and_batching_do_not_matter():

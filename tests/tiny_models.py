@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from functools import partial
 
+import tiny_index
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -79,8 +83,23 @@ FAMILIES = {
             tie_word_embeddings=False,
         )
     ),
+    "gpt_neox-serial": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**tiny_index.PLAIN, use_parallel_residual=False, hidden_act="gelu_fast")
+    ),
 }
-TARGETS = {"gpt2": ["c_attn", "c_fc"], "gpt2-gelu": ["c_attn", "c_proj"]}
+SHARED = ("gemma", "gemma2", "gemma3", "phi3", "phi", "gpt_neox", "opt")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+FAMILIES.update({name: tiny_index.FAMILIES[name] for name in (*SHARED, *EXPERTS)})
+TARGETS = {
+    "gpt2": ["c_attn", "c_fc"],
+    "gpt2-gelu": ["c_attn", "c_proj"],
+    "gpt_neox-serial": ["query_key_value", "dense"],
+    "gpt_neox": ["query_key_value", "dense_h_to_4h"],
+    "phi": ["q_proj", "v_proj", "dense", "fc2"],
+    "phi3": ["qkv_proj", "gate_up_proj", "down_proj"],
+    "opt": ["q_proj", "v_proj", "out_proj", "fc1"],
+    **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), ["q_proj", "v_proj", "o_proj"]),
+}
 
 
 def make(family: str, lora: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -148,7 +167,10 @@ def _plain_attention(module, query, key, value, attention_mask, scaling=None, **
     hidden = t[None, :] > t[:, None]
     if kwargs.get("sliding_window") is not None:
         hidden = hidden | (t[None, :] <= t[:, None] - kwargs["sliding_window"])
-    s = (query @ key.transpose(2, 3) * scaling).masked_fill(hidden, -math.inf)
+    s = query @ key.transpose(2, 3) * scaling
+    if (cap := kwargs.get("softcap")) is not None:
+        s = cap * torch.tanh(s / cap)
+    s = s.masked_fill(hidden, -math.inf)
     return (torch.softmax(s, -1) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -156,20 +178,37 @@ ALL_ATTENTION_FUNCTIONS.register("oracle", _plain_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register("oracle", lambda *a, **k: None)
 
 
+def _plain_norm(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if type(m).__name__.startswith("Gemma"):
+        return F.rms_norm(x, x.shape[-1:], 1 + m.weight, m.eps)
+    return F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
+
+
+def _plain_router(m: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    z = F.linear(x.reshape(-1, x.shape[-1]), m.weight)
+    score, chosen = torch.topk(torch.softmax(z, -1), m.top_k, dim=-1)
+    if getattr(m, "norm_topk_prob", True):
+        score = score / score.sum(-1, keepdim=True)
+    return z, score, chosen
+
+
 @contextmanager
 def plain(model: nn.Module):
-    """Plain attention and float64 norms while open; yields the causal LM."""
+    """Plain attention and experts, float64 norms and routers while open; yields the causal LM."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     norms = [m for m in base.modules() if type(m).__name__.endswith("RMSNorm")]
-    before = base.config._attn_implementation
-    base.config._attn_implementation = "oracle"
+    routers = [m for m in base.modules() if type(m).__name__.endswith("TopKRouter")]
+    before = base.config._attn_implementation, base.config._experts_implementation
+    base.config._attn_implementation, base.config._experts_implementation = "oracle", "eager"
     for m in norms:
-        m.forward = lambda x, m=m: F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
+        m.forward = partial(_plain_norm, m)
+    for m in routers:
+        m.forward = partial(_plain_router, m)
     try:
         yield base
     finally:
-        base.config._attn_implementation = before
-        for m in norms:
+        base.config._attn_implementation, base.config._experts_implementation = before
+        for m in norms + routers:
             del m.forward
 
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
-from u2a.dual_table import CAUSAL_LMS, overrides
+from u2a.dual_table import CAPPED, CAUSAL_LMS, overrides
 from u2a_kernels import dual_attention
 
 NAME = "u2a_dual"
@@ -35,6 +35,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [2B, H, T, D] in, [2B, T, H, D] out."""
@@ -44,7 +45,8 @@ def _attention(
             f"{NAME}: this attention answers only inside u2a.dual, without mask and dropout; got "
             f"mode {mode}, mask {attention_mask is not None}, dropout {dropout}"
         )
-    out = dual_attention(query, key, value, scale=scaling, window=sliding_window, mode=mode)
+    options: Any = dict(scale=scaling, window=sliding_window, softcap=softcap, mode=mode)
+    out = dual_attention(query, key, value, **options)
     return out.transpose(1, 2), None
 
 
@@ -66,26 +68,34 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
+def _base(model: nn.Module) -> Any:
+    wrapped = getattr(model, "get_base_model", None)
+    return wrapped() if wrapped is not None else model
+
+
 def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     """Backbone and language-model head of a known causal LM, also inside a PeftModel.
 
     Raises:
-        UnsupportedModel: another class, or a head that is not a plain nn.Linear without bias; what
-            lies between backbone and logits elsewhere (scales, caps) is not known here.
+        UnsupportedModel: another class, or a head that is not a plain nn.Linear; what lies between
+            backbone and logits elsewhere (scales, other caps than `final_softcap`) is not known.
     """
-    wrapped = getattr(model, "get_base_model", None)
-    base: Any = wrapped() if wrapped is not None else model
+    base = _base(model)
     if path(type(base)) not in CAUSAL_LMS:
         raise UnsupportedModel(
             f"{path(type(base))} is not a known causal LM, wanted one of {sorted(CAUSAL_LMS)}",
             "model",
         )
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise UnsupportedModel(
-            f"output head {path(type(head))}, wanted torch.nn.Linear without bias", "model"
-        )
+    if type(head) is not nn.Linear:
+        raise UnsupportedModel(f"output head {path(type(head))}, wanted torch.nn.Linear", "model")
     return base.base_model, head
+
+
+def final_softcap(model: nn.Module) -> float | None:
+    """c of a model whose logits are c tanh(head(h) / c) (Gemma 2), or None."""
+    base = _base(model)
+    return base.config.final_logit_softcapping if path(type(base)) in CAPPED else None
 
 
 def is_open(model: nn.Module) -> bool:
@@ -101,6 +111,8 @@ class Dual:
     head: nn.Linear
     head_tangent: Tensor | None
     mode: Mode
+    bias_tangent: Tensor | None = None
+    softcap: float | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -147,11 +159,13 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
 
     h is the last hidden state, h_t its derivative along `tangents`. Any way of calling the
     backbone works (`model.base_model(input_ids=ids)`, the object yielded, ...); the language-model
-    head maps [h; h_t] to [z; z_t]. Rows are right-padded; no attention mask, no cache, default
-    position ids.
+    head maps [h; h_t] to [z; z_t], before a final soft cap (a call of the whole model is then
+    refused). Rows are right-padded; no attention mask, no cache, default position ids.
 
     Args:
-        model: Llama, Mistral, Qwen2, Qwen3 or GPT-2 for causal LM, with or without plain peft LoRA.
+        model: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3 (text), Phi, Phi-3, GPT-NeoX,
+            OPT, GPT-2, Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE for causal LM, with or without plain
+            peft LoRA. The experts' choice is held: it is constant almost everywhere.
         tangents: {parameter name: direction}, shape, dtype and device of the parameter; a missing
             name means zero; the direction of a tied weight applies to all its uses.
         mode: "hvp" (the backward of the tangent output is the Hessian product), "ggn" (backward
@@ -190,7 +204,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
                 replaced.append((module, name, module.__dict__.get(name)))
                 module.__dict__[name] = value
         config._attn_implementation = NAME
-        yield Dual(backbone, head, by_parameter.get(id(head.weight)), mode)
+        weight_t, bias_t = (by_parameter.get(id(p)) for p in (head.weight, head.bias))
+        yield Dual(backbone, head, weight_t, mode, bias_t, final_softcap(model))
     finally:
         config._attn_implementation = implementation
         for module, name, before in replaced:
@@ -200,4 +215,4 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
         _open.discard(id(backbone))
 
 
-__all__ = ["Dual", "Mode", "UnsupportedModel", "dual", "is_open", "parts"]
+__all__ = ["Dual", "Mode", "UnsupportedModel", "dual", "final_softcap", "is_open", "parts"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from u2a.errors import ConfigError
-from u2a_kernels import dual_gelu, dual_layer_norm, dual_linear, dual_rms_norm, dual_swiglu
+from u2a_kernels import dual_layer_norm, dual_linear, dual_rms_norm
 
 
 class UnsupportedModel(ConfigError):
@@ -50,8 +49,6 @@ def path(cls: type) -> str:
 
 # A handler returns the attributes to set on the instance while the context is open.
 Handler = Callable[[Any, Site], dict[str, Any]]
-
-SILU = {"transformers.activations.SiLUActivation", "torch.nn.modules.activation.SiLU"}
 
 
 def nothing(module: nn.Module, site: Site) -> dict[str, Any]:
@@ -101,6 +98,23 @@ def embedding(module: nn.Embedding, site: Site) -> dict[str, Any]:
     return {"forward": forward}
 
 
+def scaled_embedding(module: Any, site: Site) -> dict[str, Any]:
+    inner = embedding(module, site)["forward"]
+    return {"forward": lambda ids: inner(ids) * module.embed_scale.to(module.weight.dtype)}
+
+
+def opt_positions(module: Any, site: Site) -> dict[str, Any]:
+    """OPT's rows start at `offset`; its decoder counts positions for all 2B stacked rows."""
+    inner = embedding(module, site)["forward"]
+
+    def forward(mask: Any, past: int = 0, position_ids: Tensor | None = None) -> Tensor:
+        if position_ids is None:
+            raise RuntimeError("u2a.dual: OPT positions without position_ids are not supported")
+        return inner(position_ids[: site.rows] + module.offset)
+
+    return {"forward": forward}
+
+
 def layer_norm(module: nn.LayerNorm, site: Site) -> dict[str, Any]:
     if module.weight is None or module.bias is None or len(module.normalized_shape) != 1:
         raise Refused("needs a weight, a bias and one normalised dimension")
@@ -121,25 +135,14 @@ def rms_norm(module: Any, site: Site) -> dict[str, Any]:
     return {"forward": forward}
 
 
-def unreachable(module: nn.Module, site: Site) -> dict[str, Any]:
-    """A gate activation: its MLP answers for it, so a call of its own means a layout not known."""
+def one_plus_rms_norm(module: Any, site: Site) -> dict[str, Any]:
+    """Gemma: the factor is 1 + weight, formed and used in float32 at least."""
+    weight_t = site.tangent(module.weight)
 
     def forward(x: Tensor) -> Tensor:
-        raise RuntimeError(f"u2a.dual: {path(type(module))} was called outside its gated MLP")
-
-    return {"forward": forward}
-
-
-def gelu(approximate: str, module: nn.Module, site: Site) -> dict[str, Any]:
-    return {"forward": partial(dual_gelu, approximate=approximate)}
-
-
-def gated_mlp(module: Any, site: Site) -> dict[str, Any]:
-    if path(type(module.act_fn)) not in SILU:
-        raise Refused(f"activation {path(type(module.act_fn))}, wanted one of {sorted(SILU)}")
-
-    def forward(x: Tensor) -> Tensor:
-        return module.down_proj(dual_swiglu(module.gate_proj(x), module.up_proj(x)))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        t = None if weight_t is None else weight_t.to(wide)
+        return dual_rms_norm(x.to(wide), 1 + module.weight.to(wide), t, module.eps).to(x.dtype)
 
     return {"forward": forward}
 
@@ -152,6 +155,12 @@ def attention(module: Any, site: Site) -> dict[str, Any]:
             f"attention_dropout={module.attention_dropout} in training mode; model.eval()"
         )
     return {"u2a_mode": site.mode}
+
+
+def opt_attention(module: Any, site: Site) -> dict[str, Any]:
+    if module.training and module.dropout > 0:
+        raise Refused(f"dropout={module.dropout} in training mode; model.eval()")
+    return attention(module, site)
 
 
 def gpt2_attention(module: Any, site: Site) -> dict[str, Any]:
@@ -174,6 +183,18 @@ def layer(module: Any, site: Site) -> dict[str, Any]:
     return {}
 
 
+def opt_layer(module: Any, site: Site) -> dict[str, Any]:
+    if module.training and module.dropout > 0:
+        raise Refused(f"dropout={module.dropout} in training mode; model.eval()")
+    return layer(module, site)
+
+
+def opt_decoder(module: Any, site: Site) -> dict[str, Any]:
+    if module.training and module.layerdrop > 0:
+        raise Refused(f"layerdrop={module.layerdrop} in training mode; model.eval()")
+    return {}
+
+
 def lora_linear(module: Any, site: Site) -> dict[str, Any]:
     if module.merged:
         raise Refused(f"merged adapters {module.merged_adapters}; unmerge them first")
@@ -188,6 +209,20 @@ def causal_lm(module: Any, site: Site) -> dict[str, Any]:
     if cap is not None:
         raise Refused(f"final_logit_softcapping={cap}")
     return {}
+
+
+def capped_causal_lm(module: Any, site: Site) -> dict[str, Any]:
+    """A final soft cap is nonlinear and `u2a.logps` applies it; a call of the whole is refused."""
+    if module.config.final_logit_softcapping is None:
+        return {}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"u2a.dual: {path(type(module))} caps its logits, which is not linear; call its "
+            "backbone, or u2a.dual_answer_logps"
+        )
+
+    return {"forward": forward}
 
 
 def peft_model(module: Any, site: Site) -> dict[str, Any]:

@@ -12,29 +12,34 @@ from typing import Any
 
 from torch import nn
 
+from u2a.dual_mlp import GELU, RELU, SILU, gate_only, gated_mlp, gelu, packed_mlp, relu
 from u2a.dual_modules import (
-    SILU,
     Handler,
     Refused,
     Site,
     attention,
+    capped_causal_lm,
     causal_lm,
     conv1d,
     dropout,
     embedding,
-    gated_mlp,
-    gelu,
     gpt2_attention,
     layer,
     layer_norm,
     linear,
     lora_linear,
     nothing,
+    one_plus_rms_norm,
+    opt_attention,
+    opt_decoder,
+    opt_layer,
+    opt_positions,
     path,
     peft_model,
     rms_norm,
-    unreachable,
+    scaled_embedding,
 )
+from u2a.dual_moe import experts, olmoe_attention, router, shared_and_sparse, sparse
 
 TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ModuleList": nothing,
@@ -46,38 +51,80 @@ TABLE: dict[str, Handler] = {
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
     "torch.nn.modules.dropout.Dropout": dropout,
     "transformers.pytorch_utils.Conv1D": conv1d,
-    "transformers.activations.NewGELUActivation": partial(gelu, "tanh"),
-    "transformers.activations.GELUTanh": partial(gelu, "tanh"),
-    "transformers.activations.GELUActivation": partial(gelu, "none"),
-    **dict.fromkeys(SILU, unreachable),
-    "transformers.models.gpt2.modeling_gpt2.GPT2Attention": gpt2_attention,
-    "transformers.models.gpt2.modeling_gpt2.GPT2MLP": nothing,
-    "transformers.models.gpt2.modeling_gpt2.GPT2Block": layer,
-    "transformers.models.gpt2.modeling_gpt2.GPT2Model": nothing,
-    "transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel": causal_lm,
+    **{name: partial(gelu, approximate) for name, approximate in GELU.items()},
+    **dict.fromkeys(SILU, gate_only),
+    RELU: relu,
     "peft.peft_model.PeftModel": peft_model,
     "peft.peft_model.PeftModelForCausalLM": peft_model,
     "peft.tuners.lora.model.LoraModel": nothing,
     "peft.tuners.lora.layer.Linear": lora_linear,
 }
-for _package, _family in (
-    ("llama", "Llama"),
-    ("mistral", "Mistral"),
-    ("qwen2", "Qwen2"),
-    ("qwen3", "Qwen3"),
-):
-    for _suffix, _handler in {
-        "RMSNorm": rms_norm,
+_LLAMA: dict[str, Handler] = {
+    "RMSNorm": rms_norm,
+    "RotaryEmbedding": nothing,
+    "MLP": gated_mlp,
+    "Attention": attention,
+    "DecoderLayer": layer,
+    "Model": nothing,
+    "ForCausalLM": causal_lm,
+}
+_GEMMA = {
+    **_LLAMA,
+    "RMSNorm": one_plus_rms_norm,
+    "TextScaledWordEmbedding": scaled_embedding,
+    "ForCausalLM": capped_causal_lm,
+}
+_MOE: dict[str, Handler] = {
+    **_LLAMA,
+    "TopKRouter": router,
+    "Experts": experts,
+    "SparseMoeBlock": sparse,
+}
+# Handlers by transformers' package, prefix of its class names, and the rest of the name.
+FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
+    ("llama", "Llama"): _LLAMA,
+    ("mistral", "Mistral"): _LLAMA,
+    ("qwen2", "Qwen2"): _LLAMA,
+    ("qwen3", "Qwen3"): _LLAMA,
+    ("gemma", "Gemma"): {**_GEMMA, "ForCausalLM": causal_lm},
+    ("gemma2", "Gemma2"): _GEMMA,
+    ("gemma3", "Gemma3"): {**_GEMMA, "TextModel": nothing},
+    ("phi3", "Phi3"): {**_LLAMA, "MLP": packed_mlp},
+    ("phi", "Phi"): {**_LLAMA, "MLP": nothing},
+    ("mixtral", "Mixtral"): _MOE,
+    ("qwen2_moe", "Qwen2Moe"): {**_MOE, "SparseMoeBlock": shared_and_sparse},
+    ("qwen3_moe", "Qwen3Moe"): _MOE,
+    ("olmoe", "Olmoe"): {**_MOE, "Attention": olmoe_attention},
+    ("gpt_neox", "GPTNeoX"): {
         "RotaryEmbedding": nothing,
-        "MLP": gated_mlp,
+        "MLP": nothing,
         "Attention": attention,
-        "DecoderLayer": layer,
+        "Layer": layer,
         "Model": nothing,
         "ForCausalLM": causal_lm,
-    }.items():
-        TABLE[f"transformers.models.{_package}.modeling_{_package}.{_family}{_suffix}"] = _handler
+    },
+    ("opt", "OPT"): {
+        "LearnedPositionalEmbedding": opt_positions,
+        "Attention": opt_attention,
+        "DecoderLayer": opt_layer,
+        "Decoder": opt_decoder,
+        "Model": nothing,
+        "ForCausalLM": causal_lm,
+    },
+    ("gpt2", "GPT2"): {
+        "Attention": gpt2_attention,
+        "MLP": nothing,
+        "Block": layer,
+        "Model": nothing,
+        "LMHeadModel": causal_lm,
+    },
+}
+for (_package, _prefix), _handlers in FAMILIES.items():
+    for _suffix, _handler in _handlers.items():
+        TABLE[f"transformers.models.{_package}.modeling_{_package}.{_prefix}{_suffix}"] = _handler
 
-CAUSAL_LMS = {name for name, handler in TABLE.items() if handler is causal_lm}
+CAPPED = {name for name, handler in TABLE.items() if handler is capped_causal_lm}
+CAUSAL_LMS = CAPPED | {name for name, handler in TABLE.items() if handler is causal_lm}
 
 
 def overrides(module: nn.Module, site: Site, root: bool = False) -> dict[str, Any]:

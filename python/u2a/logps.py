@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps, Batch
-from u2a.dual import Dual, Mode, dual, is_open, parts
+from u2a.dual import Dual, Mode, dual, final_softcap, is_open, parts
+from u2a.dual_head import Head, dual_head_loss
 from u2a_kernels import dual_linear_cross_entropy, linear_logp
 
 
@@ -49,7 +50,9 @@ def answer_logps(model: nn.Module, batch: Batch, *, ref: Tensor | None = None) -
         raise RuntimeError("answer_logps: the model is inside u2a.dual; use dual_answer_logps")
     ids, at, target, row, count = _moved(batch, head.weight.device)
     h = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    logp = linear_logp(h.flatten(0, 1).index_select(0, at), head.weight, target)
+    at_answers = h.flatten(0, 1).index_select(0, at)
+    cap = final_softcap(model)
+    logp = linear_logp(at_answers, head.weight, target, bias=head.bias, softcap=cap)
     return AnswerLogps(logp, row, count, ref=_like(ref, logp), index=batch.index)
 
 
@@ -60,13 +63,17 @@ def _like(ref: Tensor | None, logp: Tensor) -> Tensor | None:
 def dual_logps(
     run: Dual, batch: Batch, ref: Tensor | None = None
 ) -> tuple[AnswerLogps, Tensor, Tensor]:
-    weight = run.head.weight
+    weight, bias = run.head.weight, run.head.bias
     ids, at, target, row, count = _moved(batch, weight.device)
     h = run(ids)  # [2B, T, d]
     h = h.unflatten(0, (2, ids.shape[0])).flatten(1, 2).index_select(1, at).flatten(0, 1)
-    loss, loss_t, curvature = dual_linear_cross_entropy(
-        h, weight, target, run.head_tangent, mode=run.mode
-    )
+    if bias is None and run.softcap is None:
+        loss, loss_t, curvature = dual_linear_cross_entropy(
+            h, weight, target, run.head_tangent, mode=run.mode
+        )
+    else:
+        head = Head(weight, bias, run.head_tangent, run.bias_tangent, run.softcap)
+        loss, loss_t, curvature = dual_head_loss(h, target, head, run.mode)
     return AnswerLogps(-loss, row, count, _like(ref, loss), batch.index), -loss_t, curvature
 
 

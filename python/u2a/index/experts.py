@@ -13,19 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from u2a.dual_modules import Refused
+from u2a.grouped import grouped
 from u2a.index.modules import Forward, Site
 from u2a.index.taps import Outer
-
-
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x `[M, d_in]` in groups that end at `ends [E]` int32, times weight `[E, d_out, d_in]`^T.
-
-    float64 has no grouped kernel: there the groups are multiplied one by one (a synchronisation).
-    """
-    if x.dtype != torch.float64:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    parts = x.tensor_split(ends[:-1].cpu().long())
-    return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 
 class _Route:
