@@ -14,6 +14,9 @@ from torch import Tensor
 
 from u2a_kernels._triton import INTERPRET, cast_to, dot_dtype, dot_precision, tanh, tl, triton
 
+# float32 products are FMA loops with both operands in registers: larger tiles spill kilobytes.
+SMALL = dict(BM=16, BN=16, num_warps=4, num_stages=1)
+
 
 @triton.jit
 def place(tile, spans, tiles, T, S, PACKED: tl.constexpr, REVERSE: tl.constexpr):
@@ -171,7 +174,7 @@ def config(d: int, itemsize: int, arch: int) -> dict[str, int]:
     """Tiles of the forward for padded head dimension d: the largest that spill no more than a few
     bytes. wgmma (sm_90) wants 64 rows for four warps; mma.sync needs more registers there."""
     if itemsize == 4:
-        return dict(BM=32, BN=32 if d <= 128 else 16, num_warps=4, num_stages=1)
+        return SMALL | dict(num_warps=4 if d <= 64 else 8)
     if d <= 64:
         return dict(BM=128, BN=64 if arch in (90, 100, 103) else 32, num_warps=8, num_stages=2)
     if d <= 128 and arch in (90, 100, 103):

@@ -15,6 +15,7 @@ from torch import Tensor
 from u2a_kernels._dual import halves
 from u2a_kernels._triton import cast_to, tanh, tl, triton
 from u2a_kernels.ops.dual_attention.triton import (
+    SMALL,
     arch,
     grid,
     padded,
@@ -254,7 +255,7 @@ def _key_kernel(
 def query_config(d: int, itemsize: int, arch: int, hvp: bool) -> dict[str, int]:
     """Tiles of the kernel that owns queries, for padded head dimension d."""
     if itemsize == 4:
-        return dict(BM=32, BN=16 if d > 64 else 32, num_warps=4, num_stages=1)
+        return SMALL | dict(num_warps=4 if d <= 64 else 8)
     if d > 128:
         return dict(BM=32, BN=32 if roomy(arch) else 16, num_warps=8, num_stages=1)
     wide = arch in (90, 100, 103)
@@ -267,7 +268,7 @@ def key_config(d: int, itemsize: int, arch: int, hvp: bool, keys: bool) -> dict[
     """Tiles of the kernel that owns keys. dk of 256 columns, with four operands of 256 at hand,
     spills 300 to 900 bytes a thread in any larger tile."""
     if itemsize == 4:
-        return dict(BM=16 if d > 64 else 32, BN=32, num_warps=4, num_stages=1)
+        return SMALL | dict(num_warps=4 if d <= 64 else 8)
     if d <= 128:
         return dict(BM=32, BN=64, num_warps=4, num_stages=2 if d <= 64 or roomy(arch) else 1)
     if hvp and keys:
