@@ -270,7 +270,9 @@ def key_config(d: int, itemsize: int, arch: int, hvp: bool, keys: bool) -> dict[
     if itemsize == 4:
         return SMALL | dict(num_warps=4 if d <= 64 else 8)
     if d <= 128:
-        return dict(BM=32, BN=64, num_warps=4, num_stages=2 if d <= 64 or roomy(arch) else 1)
+        tall = arch in (90, 100, 103) or d <= 64 or not (hvp and keys)
+        stages = 2 if d <= 64 or roomy(arch) else 1
+        return dict(BM=32, BN=64 if tall else 32, num_warps=4, num_stages=stages)
     if hvp and keys:
         return dict(BM=16, BN=16, num_warps=4, num_stages=1)
     return dict(BM=32, BN=32, num_warps=8, num_stages=1)
