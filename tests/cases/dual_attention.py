@@ -9,8 +9,8 @@ import torch
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops.dual_attention import backward
 from u2a_kernels.ops.dual_attention import triton as forward
-from u2a_kernels.ops.dual_attention import triton_backward as backward
 from u2a_kernels.testing import offsets_of, randn
 
 SHAPES = {  # B, H, Hkv, T, S, D, options

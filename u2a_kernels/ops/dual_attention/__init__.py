@@ -21,7 +21,7 @@ from u2a_kernels._segments import accum_dtype
 from u2a_kernels._triton import cuda_launcher
 from u2a_kernels.ops.dual_attention import reference
 from u2a_kernels.ops.dual_attention import triton as _triton
-from u2a_kernels.ops.dual_attention.triton_backward import backward as _backward_triton
+from u2a_kernels.ops.dual_attention.backward import backward as _backward_triton
 
 
 def dual_attention(

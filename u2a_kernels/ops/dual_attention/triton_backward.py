@@ -6,30 +6,8 @@ With c = g V^T - D and z = S_t - mu: ds = P o c, ds_t = P o (z o c + g_t V^T + g
 P_t = P o z.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from torch import Tensor
-
-from u2a_kernels._dual import halves
 from u2a_kernels._triton import cast_to, tanh, tl, triton
-from u2a_kernels.ops.dual_attention.triton import (
-    SMALL,
-    arch,
-    grid,
-    padded,
-    place,
-    plain,
-    roomy,
-    rows,
-    stat_strides,
-    strides,
-    switches,
-    visible,
-)
-
-Options = tuple[Any, ...]  # offsets, scale, causal, window, softcap, mode
+from u2a_kernels.ops.dual_attention.triton import place, rows, visible
 
 
 @triton.jit
@@ -84,7 +62,7 @@ def _store(x, n, N, stride, value, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _query_kernel(
+def query_kernel(
     grad, q, k, v, out, stats, dq, sums, spans, sg, sq, sk, sv, so, sdq, st, ss, tiles, T, S,
     scale, softcap, window, HVP: tl.constexpr, BOTH: tl.constexpr,
     REP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PACKED: tl.constexpr,
@@ -164,7 +142,7 @@ def _query_kernel(
 
 
 @triton.jit
-def _key_kernel(
+def key_kernel(
     grad, q, k, v, stats, dk, dv, sums, spans, sg, sq, sk, sv, sdk, sdv, st, ss, tiles, T, S,
     scale, softcap, window, HVP: tl.constexpr, BOTH: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr,
@@ -250,85 +228,3 @@ def _key_kernel(
         _store(dv, n, S, sdv[3], acc_v, DV, BV)
         if BOTH:
             _store(dv + sdv[0], n, S, sdv[3], acc_v_t, DV, BV)
-
-
-def query_config(d: int, itemsize: int, arch: int, hvp: bool) -> dict[str, int]:
-    """Tiles of the kernel that owns queries, for padded head dimension d."""
-    if itemsize == 4:
-        return SMALL | dict(num_warps=4 if d <= 64 else 8)
-    if d > 128:
-        return dict(BM=32, BN=32 if roomy(arch) else 16, num_warps=8, num_stages=1)
-    wide = arch in (90, 100, 103)
-    if not hvp or (d <= 64 and wide):
-        return dict(BM=64, BN=64, num_warps=4, num_stages=2)
-    return dict(BM=64 if d <= 64 or wide else 32, BN=32, num_warps=4, num_stages=2)
-
-
-def key_config(d: int, itemsize: int, arch: int, hvp: bool, keys: bool) -> dict[str, int]:
-    """Tiles of the kernel that owns keys. dk of 256 columns, with four operands of 256 at hand,
-    spills 300 to 900 bytes a thread in any larger tile."""
-    if itemsize == 4:
-        return SMALL | dict(num_warps=4 if d <= 64 else 8)
-    if d <= 128:
-        return dict(BM=32, BN=64, num_warps=4, num_stages=2 if d <= 64 or roomy(arch) else 1)
-    if hvp and keys:
-        return dict(BM=16, BN=16, num_warps=4, num_stages=1)
-    return dict(BM=32, BN=32, num_warps=8, num_stages=1)
-
-
-def _sweeps(
-    grad: Tensor, given: tuple[Tensor, ...], grads: tuple[Tensor, ...], options: Options,
-    hvp: bool, both: bool,
-) -> None:  # fmt: skip
-    """Both kernels once. Plain (not hvp): dq, dk, dv are single halves, grad their cotangent."""
-    offsets, scale, _, window, softcap, _ = options
-    q, k, v, out, stats = given
-    dq, dk, dv = grads
-    packed = offsets is not None
-    sums = stats.new_empty(2, *stats.shape[1:])
-    t, s = (0, 0) if packed else (q.shape[2], k.shape[2])
-    d = max(padded(q), padded(v))
-    sizes = [strides(x, packed) for x in (grad, q, k, v)]
-    row = [stat_strides(x, packed) for x in (stats, sums)]
-    limits = t, s, scale, softcap or 0.0, window or 0
-    shared = dict(switches(q, k, v, options), HVP=hvp, BOTH=both)
-    c = query_config(d, q.element_size(), arch(), hvp)
-    tiles, per_row, where = grid(q, offsets, c["BM"])
-    _query_kernel[(tiles, q.shape[1])](
-        grad, q, k, v, out, stats, dq, sums, where, *sizes,
-        *(strides(x, packed) for x in (out, dq)), *row, per_row, *limits, **shared, **c,
-    )  # fmt: skip
-    for keys, values in (
-        ((True, False), (False, True)) if d > (64 if hvp else 128) else ((True, True),)
-    ):
-        c = key_config(d, q.element_size(), arch(), hvp, keys)
-        tiles, per_row, where = grid(k, offsets, c["BN"])
-        _key_kernel[(tiles, k.shape[1])](
-            grad, q, k, v, stats, dk, dv, sums, where, *sizes,
-            *(strides(x, packed) for x in (dk, dv)), *row, per_row, *limits,
-            KEYS=keys, VALUES=values, **shared, **c,
-        )  # fmt: skip
-
-
-def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to 64 wide one hvp sweep fits the registers (21 products of blocks). Wider ones make the
-    tangent half's gradient, a plain backward of g, apart from the primal half's, whose dk and dv
-    are made apart too (28; with D = 256 the plain dk and dv as well, 29)."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if 0 in q.shape or 0 in k.shape:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    grad, q, k, v, out = (plain(x) for x in (grad, q, k, v, out))
-    first, second = zip(*(halves(x) for x in (dq, dk, dv)), strict=True)
-    given = q, k, v, out, stats
-    if options[-1] == "ggn":
-        _sweeps(halves(grad)[0], given, first, options, False, False)
-        for x in second:
-            x.zero_()
-    elif max(padded(q), padded(v)) <= 64:
-        _sweeps(grad, given, (dq, dk, dv), options, True, True)
-    else:
-        _sweeps(grad, given, first, options, True, False)
-        _sweeps(halves(grad)[1], given, second, options, False, False)
-    return dq, dk, dv
