@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in an environment that has a CUDA torch: build, the contract on the
-# device, compute-sanitizer on small shapes, benchmarks. benchmarks/gpu.sh [PYTHON], from anywhere.
+# device, compute-sanitizer on small shapes, benchmarks. benchmarks/gpu.sh [PYTHON] [STAGE...], from
+# anywhere; stages: build test sanitize bench (all by default). BENCH: which benchmark files, a glob.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
+stages=" ${*:2} "
+[ "$stages" = "  " ] && stages=" build test sanitize bench "
+wanted() { [[ $stages == *" $1 "* ]]; }
+bench=${BENCH:-bench_grad_*.py bench_index.py bench_linear_logp.py bench_dual_attention.py bench_scan.py}
 unset TRITON_INTERPRET
 export U2A_BUILD=${U2A_BUILD:-cuda}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
@@ -16,26 +21,32 @@ PY
 results=benchmarks/results
 mkdir -p "$results"
 
-echo "== build"
-"$python" -m pip install -q --no-build-isolation --no-deps -e .
-"$python" -m u2a_kernels | tee "$results/$machine.txt"
+if wanted build; then
+    echo "== build"
+    "$python" -m pip install -q --no-build-isolation --no-deps -e .
+    "$python" -m u2a_kernels | tee "$results/$machine.txt"
+fi
 
-echo "== tests on the device"
-"$python" -m pytest -rs tests/test_cuda.py tests/test_cuda_library.py tests/test_index_cuda.py tests/test_build.py
+if wanted test; then
+    echo "== tests on the device"
+    "$python" -m pytest -rs tests/test_cuda.py tests/test_cuda_library.py tests/test_index_cuda.py tests/test_build.py
+fi
 
-echo "== memory and race checks on small shapes"
-if command -v compute-sanitizer >/dev/null; then
+if wanted sanitize; then
+    echo "== memory and race checks on small shapes"
+    command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer: not on PATH"; exit 1; }
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 \
             "$python" -m pytest tests/test_cuda.py -k "test_values and (ragged or one)"
     done
-else
-    echo "compute-sanitizer: not on PATH, not run"
 fi
 
-echo "== benchmarks"
-"$python" -m pytest benchmarks \
-    --benchmark-timer=torch.utils.benchmark.timer \
-    --benchmark-columns=median,iqr,rounds --benchmark-group-by=func \
-    --benchmark-json="$results/$machine.json"
-echo "written: $results/$machine.txt and .json"
+if wanted bench; then
+    echo "== benchmarks"
+    # shellcheck disable=SC2086
+    (cd benchmarks && "$python" -m pytest $bench \
+        --benchmark-timer=torch.utils.benchmark.timer \
+        --benchmark-columns=median,iqr,rounds --benchmark-group-by=func \
+        --benchmark-json="results/$machine.json")
+    echo "written: $results/$machine.txt and .json"
+fi
