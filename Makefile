@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo    train a tiny model on planted data, unlearn it, write a report (4 minutes)"
-	@echo "make test    lint, types, tests, ahead-of-time GPU compiles (10 minutes)"
+	@echo "make test    lint, types, tests, ahead-of-time GPU compiles (6 minutes)"
 	@echo "make lint    ruff, clang-format and mypy only"
 	@echo "make bench   time and memory against plain torch"
 	@echo "make bench-peers  the index scan against other packages, in an environment of their own"

@@ -6,6 +6,7 @@ Expected failures print their message on stderr and exit with their own code, wi
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -105,5 +106,7 @@ def _terminated(*_: object) -> None:
 
 
 def main() -> None:
+    # peft imports bitsandbytes where it is installed, which then warns of kernels it does without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _terminated)
     app(prog_name="u2a")
