@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from u2a.select import (
+    WeightSet,
     block_greedy,
     exponentiated_gradient,
     low_likelihood_k,
-    project_box_budget,
     random_k,
     select,
     topk,
@@ -77,9 +77,9 @@ def test_capped_mirror_ascent_finds_the_optimum_of_a_concave_objective():
     inner = (w > 1e-6) & (w < cap - 1e-6)
     price = gain[inner].mean() if inner.any() else gain[w > 1e-6].min()
     assert (gain[w > 1e-6] >= price - 1e-3).all() and (gain[w < cap - 1e-6] <= price + 1e-3).all()
-    other = project_box_budget(torch.zeros(8), cap, total)
+    other = WeightSet(total, cap).project(torch.zeros(8))
     for _ in range(50):
-        other = project_box_budget(other + 0.05 * toy.gain(other), cap, total)
+        other = WeightSet(total, cap).project(other + 0.05 * toy.gain(other))
     torch.testing.assert_close(toy.J(w), toy.J(other), rtol=0, atol=1e-5)
 
 
@@ -111,10 +111,10 @@ def test_cap_is_the_entropy_projection():
 def test_projection_onto_box_and_budget():
     draw = torch.Generator().manual_seed(2)
     a = torch.randn(50, generator=draw, dtype=torch.float64)
-    w = project_box_budget(a, 0.2, 3.0)
+    w = WeightSet(3.0, 0.2).project(a)
     assert float(w.sum()) == pytest.approx(3.0, abs=1e-12) and w.min() >= 0 and w.max() <= 0.2
     for _ in range(50):
-        other = project_box_budget(torch.randn(50, generator=draw, dtype=torch.float64), 0.2, 3.0)
+        other = WeightSet(3.0, 0.2).project(torch.randn(50, generator=draw, dtype=torch.float64))
         assert float((a - w) @ (other - w)) <= 1e-10, "not the nearest point of a convex set"
 
 
