@@ -13,7 +13,6 @@ import torch
 
 from u2a.select import (
     WeightSet,
-    block_greedy,
     exponentiated_gradient,
     low_likelihood_k,
     random_k,
@@ -118,40 +117,6 @@ def test_projection_onto_box_and_budget():
         assert float((a - w) @ (other - w)) <= 1e-10, "not the nearest point of a convex set"
 
 
-def test_block_greedy_passes_over_duplicates_that_topk_takes():
-    eye = torch.eye(4, dtype=torch.float64)
-    toy = Toy(n=6, p=4, q=1.0)
-    toy.g = -torch.cat([eye[:1].repeat(3, 1), eye[1:]])
-    toy.c = torch.tensor([1.0, 0.9, 0.8, 0.7], dtype=torch.float64)
-    plain = select(toy.gain(torch.zeros(6)), budget=3, total_weight=1.5)
-    assert plain.order == (0, 1, 2)
-    found = block_greedy(toy.gain, toy.resolve, n=6, budget=3, blocks=3, weight=0.5)
-    assert found.order == (0, 3, 4) and found.stopped == "budget"
-    assert toy.J(found.weights) > toy.J(plain.weights) + 0.1
-    assert found.weights.tolist() == [0.5, 0, 0, 0.5, 0.5, 0]
-    assert [r.J for r in found.rounds] == sorted(r.J for r in found.rounds)
-    assert found.rounds[0].gain[0] == pytest.approx(1 / LAMBDA)
-
-
-def test_block_greedy_stops():
-    toy = Toy(n=12, q=0.0, seed=1)
-    helpful = int((toy.gain(torch.zeros(12)) > 0).sum())
-    found = block_greedy(toy.gain, toy.resolve, n=12, budget=12, blocks=4, weight=0.1)
-    assert found.stopped == "no positive gain" and len(found.order) == helpful < 12
-
-    curved = Toy(n=12, q=60.0, seed=1)
-    found = block_greedy(curved.gain, curved.resolve, n=12, budget=8, blocks=8, weight=0.2)
-    assert found.stopped == "J fell"
-    dropped = found.rounds[-1].added
-    assert not set(dropped) & set(found.order) and float(found.weights[list(dropped)].sum()) == 0
-    assert found.rounds[-1].J < found.rounds[-2].J == pytest.approx(float(curved.J(found.weights)))
-
-    found = block_greedy(
-        curved.gain, curved.resolve, n=12, budget=2, blocks=1, weight=50.0, start=0.0
-    )
-    assert found.stopped == "J fell" and found.order == () and float(found.weights.sum()) == 0
-
-
 def test_one_shot_methods():
     scores = torch.tensor([0.3, -1.0, 0.9, 0.0, 0.9])
     assert topk(scores, 5) == [2, 4, 0]
@@ -181,5 +146,3 @@ def test_messages():
         exponentiated_gradient(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3), 1.0, 1.0, cap=0.3)
     with pytest.raises(ValueError, match="compat must be None or 'official'"):
         exponentiated_gradient(torch.ones(2), torch.zeros(2), 1.0, 1.0, compat="paper")
-    with pytest.raises(ValueError, match=r"blocks must be in \[1, 2\] \(budget\), got 3"):
-        block_greedy(lambda w: w, lambda w: 0.0, n=3, budget=2, blocks=3, weight=1.0)

@@ -116,7 +116,7 @@ class LoraConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["dpo"] = "dpo"
+    name: Literal["dpo", "margin", "likelihood"] = "dpo"
     beta: Positive = 0.3
 
 
@@ -150,13 +150,20 @@ class SolveConfig(Section):
 
 
 class SelectConfig(Section):
-    method: Literal["greedy", "topk", "uniform", "random", "low-likelihood"] = "greedy"
+    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others rank
+    once. `tolerance`: the loop ends when J has fallen by more."""
+
+    method: Literal[
+        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random", "low-likelihood"
+    ] = "greedy"
+    inverse: Literal["ekfac", "cg", "identity"] = "ekfac"
     budget: Count = 1000
     blocks: Count = 4
     total_weight: Positive = 1.0
     min_gain: float = 0.0
     mirror_steps: Annotated[int, Field(ge=0)] = 0
     eta: Positive = 1.0
+    tolerance: NonNegative = 0.0
 
 
 class UnlearnConfig(Section):

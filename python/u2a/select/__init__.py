@@ -5,7 +5,6 @@ reverses the sign of the multiplicative update, available as compat="official").
 """
 
 from u2a.select.base import Round, Selection
-from u2a.select.greedy import block_greedy
 from u2a.select.quadratic import best_single_weight, matching_pursuit, quadratic_programme
 from u2a.select.sets import Penalty, WeightSet
 from u2a.select.simple import (
@@ -26,7 +25,6 @@ __all__ = [
     "Selection",
     "WeightSet",
     "best_single_weight",
-    "block_greedy",
     "equal_weights",
     "exponentiated_gradient",
     "l1_proximal",
