@@ -91,6 +91,20 @@ def scan(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa:
 
 
 @app.command()
+def validate(
+    out: Annotated[Path, typer.Option(help="Where models and tables go.")] = Path("runs/validate"),
+    size: Annotated[str, typer.Option(help="small, medium or large.")] = "small",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
+    quick: Annotated[bool, typer.Option(help="One loss, one seed, few candidates.")] = False,
+) -> None:
+    """Are predicted gains true, and do they select better than anything else? Tables, pictures."""
+    with _failures():
+        from u2a import benchmark
+
+        benchmark.validate(out, size=size, seeds=seeds, quick=quick)
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
     """Versions, machine and who serves each op: paste it into a bug report."""
     with _failures():

@@ -174,7 +174,7 @@ class UnlearnConfig(Section):
     unlearning is the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
     """
 
-    loss: Literal["ga", "graddiff", "npo"] = "npo"
+    loss: Literal["ga", "graddiff", "npo", "simnpo"] = "npo"
     beta: Positive = 0.1
     retain_weight: NonNegative = 1.0
     anchor: NonNegative = 0.0
