@@ -25,10 +25,10 @@ class Scope:
     """What is measured: weights of one candidate, set sizes, total weights, budget, noise."""
 
     losses: tuple[str, ...] = tuple(LOSSES)
-    weights: tuple[float, ...] = (0.002, 0.0075, 0.03)
-    singles: int = 32
-    groups: tuple[tuple[int, int], ...] = ((8, 24), (32, 24))
-    totals: tuple[float, ...] = (0.36, 0.72, 1.44, 2.88)
+    weights: tuple[float, ...] = (0.002, 0.0075)
+    singles: int = 24
+    groups: tuple[tuple[int, int], ...] = ((8, 12), (32, 12))
+    totals: tuple[float, ...] = (0.72, 2.88)
     budget: int = 96
     noise: tuple[float, ...] = (0.0, 0.1, 0.2)
     noise_of_demo: float = 0.2

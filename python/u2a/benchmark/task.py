@@ -1,4 +1,4 @@
-"""One planted task: corpus, base model, adapter at the optimum without candidates, and its truth."""
+"""One planted task: corpus, base model, adapter at the optimum without candidates, its truth."""
 
 from __future__ import annotations
 
