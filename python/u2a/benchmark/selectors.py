@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from u2a.adapter import adapter_disabled
-from u2a.benchmark.predicted import SOLVERS, Prediction
+from u2a.benchmark.predicted import SOLVERS
 from u2a.benchmark.task import Task
 from u2a.bilevel import Plan, bilevel
 from u2a.evaluate import mean_nll
@@ -70,11 +70,16 @@ def _oracle(task: Task, total: float, budget: int) -> Tensor:
     return equal_weights(task.n, harmful[order[:budget]].tolist(), total)
 
 
+def _identity(task: Task, total: float, budget: int) -> Tensor:
+    outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
+    return bilevel(outer, Plan(budget, total, blocks=8)).weights
+
+
 SELECTORS: dict[str, Selector] = {
     "u2a greedy": _loop("greedy"),
     "u2a pursuit": _loop("pursuit"),
     "u2a mirror": _loop("greedy", rounds=4, eta=0.7),
-    "u2a greedy, H = I": lambda task, total, budget: _identity(task, total, budget),
+    "u2a greedy, H = I": _identity,
     "top-k GGN": _one_shot("ggn"),
     "top-k EK-FAC": _one_shot("ekfac"),
     "top-k H = I": _one_shot("identity"),
@@ -91,11 +96,6 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def _identity(task: Task, total: float, budget: int) -> Tensor:
-    outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
-    return bilevel(outer, Plan(budget, total, blocks=8)).weights
-
-
 def chosen(task: Task, name: str, total: float, budget: int) -> tuple[Tensor, float]:
     """(weights, seconds); the model ends at theta*(0)."""
     task.back()
@@ -104,6 +104,3 @@ def chosen(task: Task, name: str, total: float, budget: int) -> tuple[Tensor, fl
     seconds = time.perf_counter() - began
     task.back()
     return weights, seconds
-
-
-__all__ = ["SELECTORS", "Prediction", "chosen"]
