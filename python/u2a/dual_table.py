@@ -7,12 +7,11 @@ would be wrong without a word.
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from u2a.dual_mlp import GELU, RELU, SILU, gate_only, gated_mlp, gelu, packed_mlp, relu
+from u2a.dual_mlp import ACTIVATIONS, activation, gated_mlp, packed_mlp
 from u2a.dual_modules import (
     Handler,
     Refused,
@@ -51,9 +50,7 @@ TABLE: dict[str, Handler] = {
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
     "torch.nn.modules.dropout.Dropout": dropout,
     "transformers.pytorch_utils.Conv1D": conv1d,
-    **{name: partial(gelu, approximate) for name, approximate in GELU.items()},
-    **dict.fromkeys(SILU, gate_only),
-    RELU: relu,
+    **dict.fromkeys(ACTIVATIONS, activation),
     "peft.peft_model.PeftModel": peft_model,
     "peft.peft_model.PeftModelForCausalLM": peft_model,
     "peft.tuners.lora.model.LoraModel": nothing,
