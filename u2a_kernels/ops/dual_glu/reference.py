@@ -21,16 +21,17 @@ def _silu(a: Tensor) -> Curve:
 
 
 def _quick_gelu(a: Tensor) -> Curve:
-    f, f1, f2 = _silu(1.702 * a)
-    return f / 1.702, f1, 1.702 * f2
+    s, rest = torch.sigmoid(1.702 * a), torch.sigmoid(-1.702 * a)
+    slope = 1.702 * s * rest
+    return a * s, s + a * slope, slope * (2 + 1.702 * a * (rest - s))
 
 
-def _gelu(a: Tensor) -> Curve:
+def _gelu(x: Tensor) -> Curve:
     """Hendrycks and Gimpel, arXiv 1606.08415; Phi and phi of the standard normal."""
+    a = x.clamp(-40, 40)  # all is 0 or 1 beyond, and no infinity meets a zero
     big = 0.5 * torch.erfc(a * -math.sqrt(0.5))
-    a = a.clamp(-40, 40)  # all is 0 or 1 beyond, and no infinity meets a zero
     small = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
-    return a * big, big + a * small, small * (2 - a * a)
+    return x * big, big + a * small, small * (2 - a * a)
 
 
 def _gelu_tanh(x: Tensor) -> Curve:

@@ -56,8 +56,8 @@ def _curve(a, ACT: tl.constexpr):
     elif ACT == "quick_gelu":
         k = 1.702 * a
         s, rest = _sigmoids(k)
-        slope = s * rest
-        return a * s, s + k * slope, 1.702 * slope * (2.0 + k * (rest - s))
+        slope = 1.702 * s * rest
+        return a * s, s + a * slope, slope * (2.0 + k * (rest - s))
     elif ACT == "gelu":
         c = _clamp(a, 16.0)
         big, small = _normal(c)
