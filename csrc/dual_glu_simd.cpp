@@ -16,12 +16,12 @@ struct Curve {
 };
 
 // All is 0 or 1 beyond, and no infinity meets a zero; NaN stays.
-inline float clamped(float x) { return x > 16.f ? 16.f : x < -16.f ? -16.f : x; }
-inline double clamped(double x) { return x > 40. ? 40. : x < -40. ? -40. : x; }
+U2A_INLINE float clamped(float x) { return x > 16.f ? 16.f : x < -16.f ? -16.f : x; }
+U2A_INLINE double clamped(double x) { return x > 40. ? 40. : x < -40. ? -40. : x; }
 
 // a times the sigmoid of k a.
 template <typename T>
-Curve<T> swish(T a, T k) {
+U2A_INLINE Curve<T> swish(T a, T k) {
   const T ka = k * a;
   const auto s = sigmoids_of(ka);
   const T slope = k * s.here * s.rest;
@@ -29,7 +29,7 @@ Curve<T> swish(T a, T k) {
 }
 
 template <typename T>
-Curve<T> gelu(T a) {
+U2A_INLINE Curve<T> gelu(T a) {
   const T c = clamped(a);
   const auto n = normal_of(c);
   return {a * n.below, n.below + c * n.density, n.density * (2 - c * c)};
@@ -37,7 +37,7 @@ Curve<T> gelu(T a) {
 
 // 0.5 (1 + tanh u) is the sigmoid of 2 u.
 template <typename T>
-Curve<T> gelu_tanh(T a) {
+U2A_INLINE Curve<T> gelu_tanh(T a) {
   constexpr T k = 1.5957691216057308, cube = 0.044715;
   const T c = clamped(a), square = c * c;
   const T u1 = k + 3 * k * cube * square, u2 = 6 * k * cube * c;
@@ -48,14 +48,14 @@ Curve<T> gelu_tanh(T a) {
 }
 
 template <typename T>
-Curve<T> tanh_curve(T a) {
+U2A_INLINE Curve<T> tanh_curve(T a) {
   const auto s = sigmoids_of(2 * a);
   const T f = tanh_of(a), slope = 4 * s.here * s.rest;
   return {f, slope, -2 * f * slope};
 }
 
 template <Activation kF, typename T>
-__attribute__((always_inline)) inline Curve<T> curve(T a) {
+U2A_INLINE Curve<T> curve(T a) {
   if constexpr (kF == Activation::silu) return swish<T>(a, 1);
   if constexpr (kF == Activation::gelu) return gelu(a);
   if constexpr (kF == Activation::gelu_tanh) return gelu_tanh(a);
@@ -72,7 +72,7 @@ __attribute__((always_inline)) inline Curve<T> curve(T a) {
   return {a, 1, 0};
 }
 
-// Staged blocks: primal, then tangent.
+// Staged blocks: primal, then tangent. Outputs overlap no input.
 template <typename T>
 struct In {
   const T *p, *t;
@@ -84,43 +84,43 @@ struct Out {
 
 template <Activation kF, bool kGated, typename T>
 void forward(In<T> a, In<T> b, Out<T> y, int64_t n) {
-  T* __restrict yp = y.p, * __restrict yt = y.t;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Curve<T> c = curve<kF>(a.p[i]);
     const T tangent = c.f1 * a.t[i];
-    yp[i] = kGated ? c.f * b.p[i] : c.f;
-    yt[i] = kGated ? tangent * b.p[i] + c.f * b.t[i] : tangent;
+    y.p[i] = kGated ? c.f * b.p[i] : c.f;
+    y.t[i] = kGated ? tangent * b.p[i] + c.f * b.t[i] : tangent;
   }
 }
 
 // g.p is the cotangent of the primal half, which is g_t; g.t is g.
 template <Activation kF, bool kGated, typename T>
 void backward(In<T> g, In<T> a, In<T> b, Out<T> da, Out<T> db, int64_t n) {
-  T* __restrict dap = da.p, * __restrict dat = da.t, * __restrict dbp = db.p, * __restrict dbt = db.t;
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     const Curve<T> c = curve<kF>(a.p[i]);
     const T g_t = g.p[i], gi = g.t[i], at = a.t[i];
     if (kGated) {
       const T bp = b.p[i];
-      dap[i] = (g_t * bp + gi * b.t[i]) * c.f1 + gi * bp * at * c.f2;
-      dat[i] = gi * bp * c.f1;
-      dbp[i] = g_t * c.f + gi * at * c.f1;
-      dbt[i] = gi * c.f;
+      da.p[i] = (g_t * bp + gi * b.t[i]) * c.f1 + gi * bp * at * c.f2;
+      da.t[i] = gi * bp * c.f1;
+      db.p[i] = g_t * c.f + gi * at * c.f1;
+      db.t[i] = gi * c.f;
     } else {
-      dap[i] = g_t * c.f1 + gi * at * c.f2;
-      dat[i] = gi * c.f1;
+      da.p[i] = g_t * c.f1 + gi * at * c.f2;
+      da.t[i] = gi * c.f1;
     }
   }
 }
 
-inline float wide(float x) { return x; }
-inline double wide(double x) { return x; }
-inline float wide(u2a::BFloat16 x) { return widened(x); }
-inline float wide(u2a::Float16 x) { return widened(x); }
-inline void put(float x, float* to) { *to = x; }
-inline void put(double x, double* to) { *to = x; }
+U2A_INLINE float wide(float x) { return x; }
+U2A_INLINE double wide(double x) { return x; }
+U2A_INLINE float wide(u2a::BFloat16 x) { return widened(x); }
+U2A_INLINE float wide(u2a::Float16 x) { return widened(x); }
+U2A_INLINE void put(float x, float* to) { *to = x; }
+U2A_INLINE void put(double x, double* to) { *to = x; }
 template <typename S>
-inline void put(float x, S* to) {
+U2A_INLINE void put(float x, S* to) {
   *to = narrowed(x, S{});
 }
 

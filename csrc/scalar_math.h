@@ -4,6 +4,8 @@
 #pragma once
 #include <cstdint>
 
+#define U2A_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 // x = n ln2 + r; n = -127 has the exponent bits of 0, so that e^x is 0 from -87.7 down.
@@ -12,7 +14,7 @@ struct Reduced {
   uint32_t power;  // bits of 2^n
 };
 
-inline Reduced reduced(float x) {
+U2A_INLINE Reduced reduced(float x) {
   const float c = -88.f > x ? -88.f : x;
   const float t = c * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
   const float n = t - 12582912.f;
@@ -21,7 +23,7 @@ inline Reduced reduced(float x) {
 }
 
 // e^r is a polynomial fitted on |r| <= ln2 / 2 to 3e-9.
-inline float exp_of(Reduced x) {
+U2A_INLINE float exp_of(Reduced x) {
   const float r = x.r;
   const float q =
       (((1.38144672e-3f * r + 8.36878084e-3f) * r + 4.16683927e-2f) * r + 1.66665196e-1f) * r +
@@ -30,11 +32,11 @@ inline float exp_of(Reduced x) {
 }
 
 // e^x for x <= 88, NaN for NaN; about 1 ulp.
-inline float exp_of(float x) { return exp_of(reduced(x)); }
-inline double exp_of(double x) { return __builtin_exp(x); }
+U2A_INLINE float exp_of(float x) { return exp_of(reduced(x)); }
+U2A_INLINE double exp_of(double x) { return __builtin_exp(x); }
 
 // Odd polynomial fitted to 4e-9 for |x| < 0.625, else (1 - e^-2|x|) / (1 + e^-2|x|).
-inline float tanh_of(float x) {
+U2A_INLINE float tanh_of(float x) {
   const float a = __builtin_fabsf(x), u = x * x, e = exp_of(-2.f * a);
   const float q =
       (((-5.71703445e-3f * u + 2.06505787e-2f) * u - 5.37434965e-2f) * u + 1.33314908e-1f) * u -
@@ -42,7 +44,7 @@ inline float tanh_of(float x) {
   const float large = __builtin_copysignf((1.f - e) / (1.f + e), x);
   return a < 0.625f ? x + x * (u * q) : large;
 }
-inline double tanh_of(double x) { return __builtin_tanh(x); }
+U2A_INLINE double tanh_of(double x) { return __builtin_tanh(x); }
 
 // The sigmoids of x and -x, each with its own tail.
 template <typename T>
@@ -50,7 +52,7 @@ struct Sigmoids {
   T here, rest;
 };
 template <typename T>
-inline Sigmoids<T> sigmoids_of(T x) {
+U2A_INLINE Sigmoids<T> sigmoids_of(T x) {
   const T e = exp_of(x < 0 ? x : -x), large = 1 / (1 + e), small = e * large;
   return {x < 0 ? small : large, x < 0 ? large : small};
 }
@@ -63,7 +65,7 @@ struct Normal {
 
 // Phi(-z) e^(z^2/2) is t times a polynomial in t = 1 / (1 + 0.3 z), fitted for 0 <= z <= 13.4 to
 // 4e-9. z is split, so that its square is exact and e^(-z^2/2) as good as any exponential.
-inline Normal<float> normal_of(float x) {
+U2A_INLINE Normal<float> normal_of(float x) {
   const float z = __builtin_fabsf(x);
   const float top = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, z) & 0xfffff000u),
               low = z - top;
@@ -78,7 +80,7 @@ inline Normal<float> normal_of(float x) {
   const float tail = e * (t * p);
   return {x < 0 ? tail : 1.f - tail, e * 0.398942280f};
 }
-inline Normal<double> normal_of(double x) {
+U2A_INLINE Normal<double> normal_of(double x) {
   return {0.5 * __builtin_erfc(x * -0.70710678118654752440),
           0.39894228040143267794 * __builtin_exp(-0.5 * x * x)};
 }
