@@ -18,6 +18,7 @@ from u2a_kernels.ops.dual_glu.named import (
 from u2a_kernels.ops.dual_layer_norm import dual_layer_norm
 from u2a_kernels.ops.dual_linear import dual_linear
 from u2a_kernels.ops.dual_linear_cross_entropy import dual_linear_cross_entropy
+from u2a_kernels.ops.dual_lora_linear import dual_lora_linear
 from u2a_kernels.ops.dual_rms_norm import dual_rms_norm
 from u2a_kernels.ops.grad_dot import grad_dot
 from u2a_kernels.ops.grad_gram import grad_gram
@@ -38,6 +39,7 @@ __all__ = [
     "dual_layer_norm",
     "dual_linear",
     "dual_linear_cross_entropy",
+    "dual_lora_linear",
     "dual_relu2",
     "dual_rms_norm",
     "dual_silu",

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from u2a.dual_lora import CONV1D, LINEAR, lora_linear
 from u2a.dual_mlp import ACTIVATIONS, activation, gated_mlp, packed_mlp
 from u2a.dual_modules import (
     Handler,
@@ -26,7 +27,6 @@ from u2a.dual_modules import (
     layer,
     layer_norm,
     linear,
-    lora_linear,
     nothing,
     one_plus_rms_norm,
     opt_attention,
@@ -45,11 +45,11 @@ TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ModuleDict": nothing,
     "torch.nn.modules.container.ParameterDict": nothing,
     "torch.nn.modules.linear.Identity": nothing,
-    "torch.nn.modules.linear.Linear": linear,
+    LINEAR: linear,
     "torch.nn.modules.sparse.Embedding": embedding,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
     "torch.nn.modules.dropout.Dropout": dropout,
-    "transformers.pytorch_utils.Conv1D": conv1d,
+    CONV1D: conv1d,
     **dict.fromkeys(ACTIVATIONS, activation),
     "peft.peft_model.PeftModel": peft_model,
     "peft.peft_model.PeftModelForCausalLM": peft_model,

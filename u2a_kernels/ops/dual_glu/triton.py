@@ -105,28 +105,28 @@ def _put(x, at, far, mask, primal, tangent):
 
 @triton.jit
 def _forward_kernel(
-    a, b, y, M, F, BLOCKS, sa, sb, b0,
+    a, b, y, F, BLOCKS, sa, sb, far_a, far_b, far_y, b0,
     A_STEP: tl.constexpr, B_STEP: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y [2M, F]; b0 is where b starts in its rows."""
+    """y [2M, F] dense; far: from a primal row to its tangent; b0: where b starts in its rows."""
     program = tl.program_id(0)
     row = (program // BLOCKS).to(tl.int64)
     j = (program % BLOCKS).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < F
-    M = M.to(tl.int64)
-    va, va_t = _halves(a, row * sa + j * A_STEP, M * sa, mask)
+    va, va_t = _halves(a, row * sa + j * A_STEP, far_a, mask)
     f, f1, _ = _curve(va, ACT)
     if GATED:
-        vb, vb_t = _halves(b, b0 + row * sb + j * B_STEP, M * sb, mask)
-        _put(y, row * F + j, M * F, mask, f * vb, f1 * va_t * vb + f * vb_t)
+        vb, vb_t = _halves(b, b0 + row * sb + j * B_STEP, far_b, mask)
+        _put(y, row * F + j, far_y, mask, f * vb, f1 * va_t * vb + f * vb_t)
     else:
-        _put(y, row * F + j, M * F, mask, f, f1 * va_t)
+        _put(y, row * F + j, far_y, mask, f, f1 * va_t)
 
 
 @triton.jit
 def _backward_kernel(
-    grad, a, b, da, db, M, F, BLOCKS, sg, sa, sb, sda, sdb, b0, db0,
+    grad, a, b, da, db, F, BLOCKS, sg, sa, sb, sda, sdb,
+    far_g, far_a, far_b, far_da, far_db, b0, db0,
     G_STEP: tl.constexpr, A_STEP: tl.constexpr, B_STEP: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -134,17 +134,16 @@ def _backward_kernel(
     row = (program // BLOCKS).to(tl.int64)
     j = (program % BLOCKS).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = j < F
-    M = M.to(tl.int64)
-    g_t, g = _halves(grad, row * sg + j * G_STEP, M * sg, mask)
-    va, va_t = _halves(a, row * sa + j * A_STEP, M * sa, mask)
+    g_t, g = _halves(grad, row * sg + j * G_STEP, far_g, mask)
+    va, va_t = _halves(a, row * sa + j * A_STEP, far_a, mask)
     f, f1, f2 = _curve(va, ACT)
     if GATED:
-        vb, vb_t = _halves(b, b0 + row * sb + j * B_STEP, M * sb, mask)
+        vb, vb_t = _halves(b, b0 + row * sb + j * B_STEP, far_b, mask)
         pa = (g_t * vb + g * vb_t) * f1 + g * vb * va_t * f2
-        _put(da, row * sda + j, M * sda, mask, pa, g * vb * f1)
-        _put(db, db0 + row * sdb + j, M * sdb, mask, g_t * f + g * va_t * f1, g * f)
+        _put(da, row * sda + j, far_da, mask, pa, g * vb * f1)
+        _put(db, db0 + row * sdb + j, far_db, mask, g_t * f + g * va_t * f1, g * f)
     else:
-        _put(da, row * sda + j, M * sda, mask, g_t * f1 + g * va_t * f2, g * f1)
+        _put(da, row * sda + j, far_da, mask, g_t * f1 + g * va_t * f2, g * f1)
 
 
 @dataclass
@@ -192,7 +191,8 @@ def forward(gate: Tensor, up: Tensor | None, activation: str, gated: bool) -> Te
     m, f = _joined([a, b], y.numel() // width // 2, width)
     blocks = triton.cdiv(f, BLOCK)
     _forward_kernel[(m * blocks,)](
-        a.data, b.data, y, m, f, blocks, a.stride, b.stride, b.start,
+        a.data, b.data, y, f, blocks,
+        a.stride, b.stride, m * a.stride, m * b.stride, m * f, b.start,
         A_STEP=a.step, B_STEP=b.step,
         ACT=activation, GATED=gated, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -211,11 +211,12 @@ def backward(
     g, a, da = Rows.of(grad), Rows.of(gate), Rows.of(d_gate)
     b = Rows.of(up) if up is not None else a.part(width if packed else 0)
     db = Rows.of(d_up) if up is not None else da.part(width if packed else 0)
-    m, f = _joined([g, a, b, da, db], grad.numel() // width // 2, width)
+    every = [g, a, b, da, db]
+    m, f = _joined(every, grad.numel() // width // 2, width)
     blocks = triton.cdiv(f, BLOCK)
     _backward_kernel[(m * blocks,)](
-        g.data, a.data, b.data, da.data, db.data, m, f, blocks,
-        g.stride, a.stride, b.stride, da.stride, db.stride, b.start, db.start,
+        *(r.data for r in every), f, blocks,
+        *(r.stride for r in every), *(m * r.stride for r in every), b.start, db.start,
         G_STEP=g.step, A_STEP=a.step, B_STEP=b.step,
         ACT=activation, GATED=gated, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
