@@ -1,5 +1,7 @@
 #include "linear_logp_simd.h"
 
+#include "scalar_math.h"
+
 namespace {
 
 using u2a::LogitMap;
@@ -16,32 +18,6 @@ template <>
 double infinity<double>() {
   return __builtin_inf();
 }
-
-// e^x for x <= 88, NaN for NaN; about 1 ulp. x = n ln2 + r; e^r is a polynomial fitted on
-// |r| <= ln2 / 2 to 3e-9; n = -127 has the exponent bits of 0, so e^x is 0 from -87.7 down.
-inline float exp_of(float x) {
-  const float c = -88.f > x ? -88.f : x;
-  const float t = c * 1.44269504f + 12582912.f;  // adding 1.5 * 2^23 rounds to an integer
-  const float n = t - 12582912.f;
-  const float r = (c - n * 0.693359375f) - n * -2.12194440e-4f;
-  const float q =
-      (((1.38144672e-3f * r + 8.36878084e-3f) * r + 4.16683927e-2f) * r + 1.66665196e-1f) * r +
-      4.9999994e-1f;
-  const uint32_t bits = (__builtin_bit_cast(uint32_t, t) + 127u) << 23;
-  return ((q * r) * r + r + 1.f) * __builtin_bit_cast(float, bits);
-}
-inline double exp_of(double x) { return __builtin_exp(x); }
-
-// Odd polynomial fitted to 4e-9 for |x| < 0.625, else (1 - e^-2|x|) / (1 + e^-2|x|).
-inline float tanh_of(float x) {
-  const float a = __builtin_fabsf(x), u = x * x, e = exp_of(-2.f * a);
-  const float q =
-      (((-5.71703445e-3f * u + 2.06505787e-2f) * u - 5.37434965e-2f) * u + 1.33314908e-1f) * u -
-      3.33332837e-1f;
-  const float large = __builtin_copysignf((1.f - e) / (1.f + e), x);
-  return a < 0.625f ? x + x * (u * q) : large;
-}
-inline double tanh_of(double x) { return __builtin_tanh(x); }
 
 // The softcap's derivative 1 - tanh^2 at a logit; 1 without a softcap, whose inverse_cap is 0.
 template <typename T>

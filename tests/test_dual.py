@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 from u2a import dual_head
 from u2a.batch import collate
 from u2a.dual import UnsupportedModel, dual
-from u2a.dual_mlp import relu
+from u2a.dual_mlp import activation
 from u2a.products import answer_logps, ggnvp, hvp, jvp_scores
 
 
@@ -82,7 +82,7 @@ def test_a_head_with_cap_or_bias_is_the_same_in_chunks(family, monkeypatch):
 def test_relu_keeps_a_nan_and_has_no_slope_at_zero():
     off, nan = 0.0, float("nan")
     x = torch.tensor([[2.0, -2.0, off, nan], [5.0, 5.0, 5.0, 5.0]])
-    got = relu(nn.ReLU(), None)["forward"](x)
+    got = activation(nn.ReLU(), None)["forward"](x)
     want = torch.tensor([[2.0, 0.0, 0.0, nan], [5.0, 0.0, 0.0, 5.0]])
     assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 

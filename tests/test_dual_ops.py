@@ -29,7 +29,7 @@ def test_jvp_is_forward_only(name):
         torch.autograd.grad(out[0].sum(), inputs)
 
 
-ROWWISE = ["dual_attention", "dual_gelu", "dual_layer_norm", "dual_rms_norm", "dual_swiglu"]
+ROWWISE = ["dual_attention", "dual_act", "dual_glu", "dual_layer_norm", "dual_rms_norm"]
 
 
 @pytest.mark.parametrize("name", [*ROWWISE, "dual_linear_cross_entropy"])
