@@ -9,7 +9,7 @@ by exponentiated gradient. The best state on validation pairs is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -111,11 +111,8 @@ class Outer:
             )
         support = weights.nonzero().flatten().tolist()
         if support:
-            batches = row_batches([p.forget[i] for i in support], p.batch_tokens)
-            ref = None if p.reference is None else p.reference[support]
-            terms.append(
-                (1.0, make(self.model, batches, p.loss, weights=weights[support], ref=ref))
-            )
+            batches = p.batches(support)
+            terms.append((1.0, make(self.model, batches, p.loss, weights=weights, ref=p.reference)))
         return Sum(terms)
 
     def gains(self, weights: Tensor) -> tuple[Scores, Solution]:
@@ -131,10 +128,8 @@ class Outer:
     def score(self, v: Tree) -> Scores:
         """gain_i = -<v, grad l_i> for every candidate: one dual forward of the pool."""
         p = self.problem
-        return scan(
-            self.model, p.forget, v, p.loss, ref=p.reference, batch_tokens=p.batch_tokens,
-            progress=self.progress,
-        )  # fmt: skip
+        scores = scan(self.model, p.batches(), v, p.loss, ref=p.reference, progress=self.progress)
+        return replace(scores, uid=[row.uid for row in p.forget])
 
     def say(self, kind: str, **facts: Any) -> None:
         if self.report is not None:

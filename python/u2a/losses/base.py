@@ -107,6 +107,15 @@ class Loss:
         return replace(out, beta=float(beta))
 
 
+def refuse_partner(loss: object, who: str) -> None:
+    """Raises ValueError for a loss on answers and partners: `who` takes rows one by one."""
+    if PARTNER in getattr(loss, "needs", ()):
+        raise ValueError(
+            f"{who}: loss {getattr(loss, 'name', loss)} pairs rows with partners; "
+            "wanted one of single rows"
+        )
+
+
 def reference(lp: AnswerLogps, name: str) -> Tensor:
     """Summed reference log-probabilities `[B]`."""
     if lp.ref is None:

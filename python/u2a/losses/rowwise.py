@@ -189,6 +189,7 @@ LOSSES = (
         "topr", "integral of clip(pi/pi_ref, low, high) by lp, the reward being -1; "
         "published: sg(clip(pi/pi_ref, low, high)) lp", "TOPR, arXiv 2503.14286", _topr,
         Vector(-1.3533528324, (-2.0,) * 5, 0.1353352832, ref=(-1.6,) * 5),
-        needs=frozenset({REFERENCE}), options={"low": 0.0, "high": 1.0}, retain_weight=1.0, surrogate=_topr_published,
+        needs=frozenset({REFERENCE}), options={"low": 0.0, "high": 1.0},
+        retain_weight=1.0, surrogate=_topr_published,
     ),
 )  # fmt: skip
