@@ -35,7 +35,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All sets. `stats[set]` counts rows, tokens, duplicates, drops and holds a content digest."""
+    """All sets. `stats[set]` counts rows, tokens, duplicates, drops and holds a content digest.
+
+    `partners`: one row per forget row where alternates are configured, else none.
+    """
 
     forget: list[Row]
     pa: list[Pair]
@@ -43,6 +46,7 @@ class Prepared:
     retain: list[Row]
     retain_test: list[Row]
     test: list[Pair]
+    partners: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -101,7 +105,34 @@ def prepare(cfg: Config, tokenizer: Any) -> Prepared:
         lost = sum(d.set == name for d in dropped)
         stats[name] = {"path": spec.path, "schema": schemas.get(name, schemas[origin])}
         stats[name] |= _count(sets[name]) | {"dropped": lost}
-    return Prepared(**sets, dropped=dropped, stats=stats)
+    partners: list[Row] = []
+    if cfg.data.alternates is not None:
+        found = load_rows(cfg.data.alternates, tokenizer, cfg, role="retain", dropped=dropped)
+        partners = match_partners(cfg.data.alternates.path, sets["forget"], found)
+        stats["alternates"] = {"path": cfg.data.alternates.path} | _count(partners)
+    return Prepared(**sets, partners=partners, dropped=dropped, stats=stats)
+
+
+def match_partners(path: str, forget: Sequence[Row], found: Sequence[Row]) -> list[Row]:
+    """The alternate of every forget row: the first whose column `uid` is the row's, else the first
+    to the same prompt. Raises DataError for rows without one, or with none that differs."""
+    by_uid: dict[str, list[Row]] = {}
+    by_prompt: dict[str, list[Row]] = {}
+    for row in found:
+        key = str(row.meta["uid"]) if "uid" in row.meta else row.meta["prompt_uid"]
+        (by_uid if "uid" in row.meta else by_prompt).setdefault(key, []).append(row)
+    out, faults = [], []
+    for row in forget:
+        options = by_uid.get(row.uid, []) + by_prompt.get(row.meta["prompt_uid"], [])
+        other = [o for o in options if o.answer_ids != row.answer_ids]
+        if other:
+            out.append(other[0])
+        else:
+            faults.append(f"{row.source}: uid {row.uid} {'the same answer' if options else 'none'}")
+    if faults:
+        words = f"{path}: no alternate for {len(faults)} of {len(forget)} forget rows"
+        raise DataError(words, faults[:10])
+    return out
 
 
 def _load(

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from u2a.batch import row_batches
 from u2a.curvature import EKFAC
 from u2a.curvature.features import row_features
 from u2a.outer import Outer
@@ -66,7 +65,7 @@ def interactions(
 def pool_gradients(outer: Outer) -> Tensor:
     """grad l_i of every candidate, `[n, p]`, in the order of the pool."""
     p = outer.problem
-    batches = row_batches(p.forget, p.batch_tokens)
+    batches = p.batches()
     found = row_features(outer.model, batches, p.loss, p.reference)
     return found[torch.cat([b.index for b in batches]).argsort().to(found.device)]
 
@@ -92,8 +91,10 @@ def _inverse(outer: Outer, weights: Tensor, g: Tensor, inverse: Inverse, lam: fl
 def _pool_products(outer: Outer, v: Tree) -> Tensor:
     """H_i v of every candidate, `[n, p]`."""
     p, out = outer.problem, []
-    for i, row in enumerate(p.forget):
-        ref = None if p.reference is None else p.reference[i : i + 1]
-        batch = row_batches([row], p.batch_tokens)
-        out.append(flatten(hvp(outer.model, batch, p.loss, v, ref=ref)))
+    one = torch.zeros(len(p.forget))
+    for i in range(len(p.forget)):
+        one[i] = 1.0
+        found = hvp(outer.model, p.batches([i]), p.loss, v, weights=one, ref=p.reference)
+        out.append(flatten(found))
+        one[i] = 0.0
     return torch.stack(out)

@@ -7,7 +7,7 @@ A v = grad J, A = sum_j w_j H_j + mu H_R + lambda I (arXiv 2504.06659; implicit 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -82,11 +82,8 @@ class Outer:
             )
         support = weights.nonzero().flatten().tolist()
         if support:
-            batches = row_batches([p.forget[i] for i in support], p.batch_tokens)
-            ref = None if p.reference is None else p.reference[support]
-            terms.append(
-                (1.0, make(self.model, batches, p.loss, weights=weights[support], ref=ref))
-            )
+            batches = p.batches(support)
+            terms.append((1.0, make(self.model, batches, p.loss, weights=weights, ref=p.reference)))
         return Sum(terms) if terms else None
 
     def gains(self, weights: Tensor) -> tuple[Scores, Solution]:
@@ -106,10 +103,8 @@ class Outer:
     def score(self, v: Tree) -> Scores:
         """gain_i = -<v, grad l_i> for every candidate: one dual forward of the pool."""
         p = self.problem
-        return scan(
-            self.model, p.forget, v, p.loss, ref=p.reference, batch_tokens=p.batch_tokens,
-            progress=self.progress,
-        )  # fmt: skip
+        scores = scan(self.model, p.batches(), v, p.loss, ref=p.reference, progress=self.progress)
+        return replace(scores, uid=[row.uid for row in p.forget])
 
     def interactions(self, weights: Tensor, solution: Solution, **options: Any) -> Interactions:
         """Inner products of all candidates, and on request the Hessian of J in the weights."""

@@ -130,6 +130,7 @@ class Workspace:
             retain=self.data.retain,
             retain_weight=u.retain_weight,
             anchor=u.anchor,
+            partners=self.data.partners,
             batch_tokens=u.batch_tokens,
         )
 
