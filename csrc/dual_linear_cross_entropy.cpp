@@ -141,7 +141,6 @@ Outputs forward(const Head<T>& p, bool ggn, bool keep) {
   std::vector<T> rescale(keep ? 2 * p.m : 0);
   Tensor x = p.packed(), acc = new_tensor(p.h, {keep ? 2 * p.m : 0, p.d}, p.type), extra;
   torch::stable::zero_(acc);
-  // f W_t joins the sums before the next rescale: both follow the same maximum.
   p.for_each_tile(x, [&](int64_t c0, const Tensor& w, const Tensor& w_t, int64_t r0, Tensor& z) {
     const int64_t r = z.size(0) / 2, c = z.size(1);
     T* pz = z.mutable_data_ptr<T>();
@@ -150,7 +149,7 @@ Outputs forward(const Head<T>& p, bool ggn, bool keep) {
       const std::vector<int64_t> target = local(p.target, r0 + lo, r0 + hi, c0);
       T* scales = keep ? rescale.data() + 2 * (r0 + lo) : nullptr;
       U2A_SIMD(dual_tile(pz + lo * c, pz + (r + lo) * c, hi - lo, c, p.map_at(c0), p.tangent_at(c0),
-                         target.data(), state.data() + r0 + lo, scales));
+                         target.data(), state.data() + r0 + lo, scales, ggn));
       if (keep)
         U2A_SIMD(dual_rescale(sums + lo * p.d, sums + (r + lo) * p.d, hi - lo, p.d, scales));
     });
@@ -167,11 +166,10 @@ Outputs forward(const Head<T>& p, bool ggn, bool keep) {
   for (int64_t i = 0; i < p.m; ++i) {
     const DualState<T>& s = state[i];
     const int64_t at = p.row[i];
-    const T norm = std::log(s.sum);
-    loss.template mutable_data_ptr<T>()[at] = (s.max - s.y) + norm;
+    loss.template mutable_data_ptr<T>()[at] = (s.max - s.y) + std::log(s.sum);
     loss_t.template mutable_data_ptr<T>()[at] = s.mean - s.y_t;
     curvature.template mutable_data_ptr<T>()[at] = s.square / s.sum;
-    ps[at] = s.max, ps[p.n + at] = norm, ps[2 * p.n + at] = s.mean;
+    ps[at] = s.max, ps[p.n + at] = 1 / s.sum, ps[2 * p.n + at] = s.mean;
   }
   if (!keep)
     return {loss, loss_t, curvature, stats, new_tensor(p.h, {0, p.n, p.d}, p.h.scalar_type())};

@@ -32,7 +32,7 @@ void merge(DualState<T>& s, T sum, T mean, T square) {
   s.sum = total;
 }
 
-template <bool kKeep, bool kCap, typename T>
+template <bool kKeep, bool kCap, bool kGgn, typename T>
 void block(T* z, T* z_t, int n, T top, T inverse_cap, DualState<T>& s) {
   T p[kBlock], sums[kLanes] = {}, means[kLanes] = {}, squares[kLanes] = {};
   columns(n, [&](int i, int lane) {
@@ -50,14 +50,14 @@ void block(T* z, T* z_t, int n, T top, T inverse_cap, DualState<T>& s) {
     squares[lane] += p[i] * (centred * centred);
     if (!kKeep) return;
     T q = slope * (a_t - shift);
-    if (kCap) q -= 2 * inverse_cap * inverse_cap * z[i] * a_t;
+    if (kCap && !kGgn) q -= 2 * inverse_cap * inverse_cap * z[i] * a_t;
     z_t[i] = p[i] * q;
     z[i] = p[i] * slope;
   });
   merge(s, sum, mean, sum_lanes(squares));
 }
 
-template <bool kKeep, bool kCap, typename T>
+template <bool kKeep, bool kCap, bool kGgn, typename T>
 void row(T* z, T* z_t, int64_t cols, T inverse_cap, DualState<T>& s, T* rescale) {
   const T top = max_of(z, cols, s.max);
   const T shift = top == -infinity<T>() ? 0 : top;  // no -inf - -inf
@@ -84,13 +84,14 @@ void row(T* z, T* z_t, int64_t cols, T inverse_cap, DualState<T>& s, T* rescale)
   s.square *= old;
   s.max = top;
   for (int64_t i = 0; i < cols; i += kBlock)
-    block<kKeep, kCap>(z + i, z_t + i, static_cast<int>(cols - i < kBlock ? cols - i : kBlock),
-                       shift, inverse_cap, s);
+    block<kKeep, kCap, kGgn>(z + i, z_t + i,
+                             static_cast<int>(cols - i < kBlock ? cols - i : kBlock), shift,
+                             inverse_cap, s);
 }
 
 template <typename T>
 void forward(T* z, T* z_t, int64_t rows, int64_t cols, LogitMap<T> map, const T* bias_t,
-             const int64_t* target, DualState<T>* state, T* rescale) {
+             const int64_t* target, DualState<T>* state, T* rescale, bool ggn) {
   const bool cap = map.cap != 0;
   const T inverse_cap = cap ? 1 / map.cap : 0;
   for (int64_t r = 0; r < rows; ++r, z += cols, z_t += cols) {
@@ -106,18 +107,20 @@ void forward(T* z, T* z_t, int64_t rows, int64_t cols, LogitMap<T> map, const T*
     }
     T* scales = rescale ? rescale + 2 * r : nullptr;
     if (!rescale)
-      cap ? row<false, true>(z, z_t, cols, inverse_cap, s, scales)
-          : row<false, false>(z, z_t, cols, inverse_cap, s, scales);
+      cap ? row<false, true, false>(z, z_t, cols, inverse_cap, s, scales)
+          : row<false, false, false>(z, z_t, cols, inverse_cap, s, scales);
+    else if (!cap)
+      row<true, false, false>(z, z_t, cols, inverse_cap, s, scales);
     else
-      cap ? row<true, true>(z, z_t, cols, inverse_cap, s, scales)
-          : row<true, false>(z, z_t, cols, inverse_cap, s, scales);
+      ggn ? row<true, true, true>(z, z_t, cols, inverse_cap, s, scales)
+          : row<true, true, false>(z, z_t, cols, inverse_cap, s, scales);
   }
 }
 
 template <bool kGgn, bool kCap, typename T>
 void grad_row(T* z, T* z_t, int64_t cols, T inverse_cap, const DualCotangent<T> c) {
   for (int64_t i = 0; i < cols; ++i) {
-    const T p = exp_of(z[i] - c.max - c.norm);
+    const T p = c.scale * exp_of(z[i] - c.max);
     const T slope = kCap ? slope_of(z[i], inverse_cap) : 1;
     const T a_t = kCap ? slope * z_t[i] : z_t[i];
     T q = slope * (a_t - c.mean);
@@ -167,14 +170,14 @@ void rescale_rows(T* first, T* second, int64_t rows, int64_t d, const T* rescale
 
 namespace u2a::U2A_ISA {
 void dual_tile(float* z, float* z_t, int64_t rows, int64_t cols, LogitMap<float> map,
-               const float* bias_t, const int64_t* target, DualState<float>* state,
-               float* rescale) {
-  forward(z, z_t, rows, cols, map, bias_t, target, state, rescale);
+               const float* bias_t, const int64_t* target, DualState<float>* state, float* rescale,
+               bool ggn) {
+  forward(z, z_t, rows, cols, map, bias_t, target, state, rescale, ggn);
 }
 void dual_tile(double* z, double* z_t, int64_t rows, int64_t cols, LogitMap<double> map,
                const double* bias_t, const int64_t* target, DualState<double>* state,
-               double* rescale) {
-  forward(z, z_t, rows, cols, map, bias_t, target, state, rescale);
+               double* rescale, bool ggn) {
+  forward(z, z_t, rows, cols, map, bias_t, target, state, rescale, ggn);
 }
 void dual_grad_tile(float* z, float* z_t, int64_t rows, int64_t cols, LogitMap<float> map,
                     const float* bias_t, const int64_t* target, const DualCotangent<float>* row,

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops.dual_linear_cross_entropy import reference as plain
+from u2a_kernels.ops.dual_linear_cross_entropy import triton as kernels
 from u2a_kernels.testing import randn
 
 SHAPES = {  # tokens, d, V, direction, bias, bias's direction, softcap
@@ -19,7 +21,7 @@ SHAPES = {  # tokens, d, V, direction, bias, bias's direction, softcap
     "one": (1, 1, 1, True, True, True, 30.0),
     "two": (1, 1, 2, False, False, False, None),
     "blocks": (67, 33, 1100, True, False, False, None),
-    "tiles": (3, 5, 8195, True, False, False, None),
+    "tiles": (3, 5, 2053, True, False, False, None),
     "empty": (0, 3, 5, False, True, False, None),
     "ignored": (2, 3, 5, True, True, True, 1.0),
 }
@@ -72,6 +74,36 @@ def oracle(h, weight, targets, weight_t, bias=None, bias_t=None, softcap=None):
     gradient = torch.func.grad(lambda z: losses(z).sum())
     curvature = (torch.func.jvp(gradient, (z,), (z_t,))[1].to(wide) * z_t.to(wide)).sum(1)
     return loss, loss_t, curvature.detach()
+
+
+class Launched(torch.autograd.Function):
+    """An implementation's forward and backward in the op's place."""
+
+    @staticmethod
+    def forward(ctx, module, mode, softcap, targets, weight_t, bias_t, h, weight, bias):
+        args = h, weight, targets, weight_t, bias, bias_t, softcap or 0.0, mode
+        *values, stats, kept = module.forward(*args, True)
+        ctx.saved, ctx.module = (*args[:6], stats, *args[6:]), module
+        ctx.kept = kept
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, a, b, _):
+        dw, db = ctx.module.backward(a, b, *ctx.saved)
+        kept, h = ctx.kept.float(), ctx.saved[0]
+        primal = b[:, None] * kept[0]
+        tangent = torch.zeros_like(primal)
+        if len(kept) == 2:
+            primal, tangent = primal + a[:, None] * kept[1], b[:, None] * kept[1]
+        dh = torch.cat([primal, tangent]).to(h.dtype)
+        return (None,) * 6 + (dh, dw, db if len(db) else None)
+
+
+def launched(module):
+    def call(h, weight, targets, weight_t, bias=None, bias_t=None, softcap=None, mode="hvp"):
+        return Launched.apply(module, mode, softcap, targets, weight_t, bias_t, h, weight, bias)
+
+    return call
 
 
 def op_args(a):
@@ -144,7 +176,7 @@ ERRORS = {
 }
 
 
-def case(name, differentiable, errors):
+def case(name, differentiable, errors, launchers):
     return Case(
         name=name,
         public=u2a_kernels.dual_linear_cross_entropy,
@@ -157,10 +189,37 @@ def case(name, differentiable, errors):
         spoil=spoil,
         errors=errors,
         grad_outputs=(0, 1),
+        launchers=launchers,
+        backward_launchers=launchers,
     )
 
 
+LAUNCHERS = {"triton": launched(kernels), "reference": launched(plain)}
 CASES = [
-    case("dual_linear_cross_entropy", ("h", "weight", "bias"), ERRORS),
-    case("dual_linear_cross_entropy-frozen", ("h",), {}),
+    case("dual_linear_cross_entropy", ("h", "weight", "bias"), ERRORS, LAUNCHERS),
+    case("dual_linear_cross_entropy-frozen", ("h",), {}, {}),
 ]
+
+
+def aot_inputs(dtype):
+    """The head of an 8B Llama with a tangent; a capped head with a bias, frozen."""
+    for name, n, d, v, direct, bias, softcap in (
+        ("dual_linear_cross_entropy", 4096, 4096, 128256, True, False, None),
+        ("dual_linear_cross_entropy-frozen", 4096, 2304, 256000, False, True, 30.0),
+    ):
+
+        def empty(*shape):
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        yield (
+            name,
+            dict(
+                h=empty(2 * n, d),
+                weight=empty(v, d),
+                targets=torch.empty(n, dtype=torch.int64, device="meta"),
+                weight_t=empty(v, d) if direct else None,
+                bias=empty(v) if bias else None,
+                bias_t=empty(v) if bias else None,
+                softcap=softcap,
+            ),
+        )

@@ -108,7 +108,7 @@ def _statistics(
     curvature = (u * a_t).sum(1, keepdim=True)
     p.scatter_add_(1, y, -torch.ones_like(own))
     u, p = (torch.where(used, t, 0) for t in (u, p))
-    per_row = (loss, loss_t, curvature, top, norm, own + loss_t)
+    per_row = (loss, loss_t, curvature, top, torch.exp(-norm), own + loss_t)
     columns = [torch.where(used, t, 0)[:, 0] for t in per_row]
     values, stats = tuple(columns[:3]), tuple(columns[3:])
     return Chunk(rows, x, x_t, z_t, slope, bend, u, p, values, stats)  # type: ignore[arg-type]
@@ -139,7 +139,8 @@ def forward(
 def outputs(
     h: Tensor, targets: Tensor, mode: str, rows: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Empty loss, loss_t, curvature [N], statistics [3, N] and kept rows [0, 1 or 2, N, d]."""
+    """Empty loss, loss_t, curvature [N], statistics [3, N] (max, 1 / sum of
+    exp(a - max), mean tangent) and kept rows [0, 1 or 2, N, d]."""
     n, acc = targets.shape[0], accum_dtype(h)
     loss, loss_t, curvature = (h.new_empty(n, dtype=acc) for _ in range(3))
     count = 0 if not rows else 1 if mode == "ggn" else 2
