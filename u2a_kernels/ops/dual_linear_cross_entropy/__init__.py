@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a_kernels._checks import check_dim, check_floats, check_size, check_targets, wanted
+from u2a_kernels._checks import (
+    check_dim,
+    check_floats,
+    check_size,
+    check_softcap,
+    check_targets,
+    wanted,
+)
 from u2a_kernels._dual import check_directions, check_halves, check_mode, halves, refuse_jvp
 from u2a_kernels._library import define, refusal
 from u2a_kernels._segments import accum_dtype
@@ -86,8 +93,7 @@ def dual_linear_cross_entropy(
             check_size(NAME, name, t, "[V]", (weight.shape[0],))
     if bias is None and bias_t is not None:
         raise ValueError(f"{NAME}: bias_t must be None without bias, got a direction")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise wanted(NAME, "softcap", "None or a positive number", softcap)
+    check_softcap(NAME, softcap)
     check_directions(NAME, weight_t=weight_t, bias_t=bias_t)
     check_mode(NAME, mode)
     rows = torch.is_grad_enabled() and mode != "jvp" and h.requires_grad

@@ -169,7 +169,8 @@ def forward(
     values = torch.empty_like(stats)
     n, v = targets.shape[0], weight.shape[0]
     primal, tangent = halves(h)
-    targets, bias, bias_t = (None if x is None else x.contiguous() for x in (targets, bias, bias_t))
+    targets = targets.contiguous()
+    bias, bias_t = (None if x is None else x.contiguous() for x in (bias, bias_t))
     size = share(n, v, SCRATCH_ELEMENTS // 2)
     for s in range(0, n, size):
         at = slice(s, min(n, s + size))
@@ -214,9 +215,10 @@ def backward(
         z, z_t = halves(both)
         if weight_t is not None:
             z_t += mm32(x[:n], weight_t[c].T)
+        bias_c, bias_tc = (None if t is None else t[c].contiguous() for t in (bias, bias_t))
         g, _ = _rows(
-            z, z_t, h, *(None if t is None else t[c].contiguous() for t in (bias, bias_t)),
-            targets, (a, b), None, stats, c.start, v, softcap, True, ggn,
+            z, z_t, h, bias_c, bias_tc, targets, (a, b), None, stats,
+            c.start, v, softcap, True, ggn,
         )  # fmt: skip
         cotangents = both.view(h.dtype)[: len(pulled), : z.shape[1]]
         torch.mm(cotangents.T, pulled, out=dw[c])
