@@ -12,13 +12,14 @@ from torch.autograd import grad
 from u2a import loss_names
 from u2a.adapter import reference_logps, restore, sequence_logps, snapshot, token_logps
 from u2a.batch import Pair
-from u2a.bilevel import Outer, PairSet, SolveSettings
 from u2a.curvature import GaussNewton
 from u2a.curvature.features import row_features
 from u2a.curvature.sources import sources
 from u2a.inner import InnerProblem, inner_solve
 from u2a.losses import LOSSES, get_loss
 from u2a.losses.base import PARTNER
+from u2a.objectives import PairSet, Preference
+from u2a.outer import Outer, SolveSettings
 from u2a.products import ggnvp, gradient, hvp, jvp_scores, quadratic
 from u2a.tree import dot, norm, trainable
 
@@ -143,7 +144,8 @@ def test_outer_gains_predict(model, name):
     pairs = [Pair(str(i), g, b) for i, (g, b) in enumerate(zip(good, bad, strict=True))]
     pairset = PairSet.build(model, pairs, 100)
     settings = SolveSettings("cg", "hessian", 0.0, tol=1e-10)
-    outer = Outer(model, p, pairset, pairset, settings, lambda q: {})
+    J = Preference(pairset, 0.3, 100)
+    outer = Outer(model, p, J, J, settings, lambda q: {})
     assert inner_solve(model, p, 1e-9, 100).grad_max < 1e-7
     start, base, w = snapshot(model), outer.value(), 1e-3
     scores, _ = outer.gains(torch.zeros(5))
