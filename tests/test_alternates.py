@@ -272,6 +272,9 @@ def test_configuration_refuses_impossible_combinations():
     ]
     assert "wanted none beside unlearn.loss npo" in faults("npo", made)[0]
     assert "'lbfgs', wanted trainer" in faults("wtnpo", unlearn={"solver": "lbfgs"})[0]
+    assert faults("simnpo", unlearn={"options": {"delta": 1}}) == [
+        "unlearn.options.delta: unknown, wanted one of those of loss simnpo: margin"
+    ]
     both = faults("flat_js", made, solve={"curvature": "fisher", "method": "woodbury"})
     assert [f.split(":")[0] for f in both] == ["solve.curvature", "solve.method"]
     assert "(undial needs whole-vocabulary logits: u2a.losses.vocabulary)" in faults("undial")[0]

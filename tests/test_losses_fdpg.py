@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_unlearning import rows, tiny_base
 
+from u2a.batch import collate
+from u2a.generate import Sampling, sampled_rows
+from u2a.logps import answer_logps
 from u2a.losses.fdpg import (
     DIVERGENCES,
     FDPG,
@@ -103,6 +108,30 @@ def test_online_training_reaches_the_target():
         assert (x.softmax(0) - want).abs().max() < 0.08, kind
         z = tuner.normaliser.log_z(["c"]).exp().item()
         assert z == pytest.approx(target.exp().sum().item(), rel=0.05)
+
+
+def test_online_on_a_language_model():
+    """Sampled, scored and descended: answers of the allowed half of the vocabulary win."""
+    model, words = tiny_base(), SimpleNamespace(eos_token_id=0, pad_token_id=None)
+    base, prompts = tiny_base(), rows(2)
+    how = Sampling(max_new_tokens=3, samples=16, batch=32)
+    tuner = FDPG("js")
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    share = []
+    for step in range(25):
+        found = sampled_rows(model, words, prompts, how, step)
+        assert [r.uid for r in found] == [p.uid for p in prompts for _ in range(16)]
+        assert all(0 not in r.answer_ids[:-1] and len(r.answer_ids) <= 3 for r in found)
+        allowed = torch.tensor([max(r.answer_ids) < 16 for r in found])
+        batch = collate(found)
+        lp = answer_logps(model, batch).sequence()
+        with torch.no_grad():
+            target = binary(answer_logps(base, batch).sequence(), allowed)
+        optimizer.zero_grad()
+        tuner.loss(lp, target, context=[r.uid for r in found]).mean().backward()
+        optimizer.step()
+        share.append(allowed.float().mean().item())
+    assert sum(share[:5]) / 5 < 0.4 and sum(share[-5:]) / 5 > 0.75
 
 
 def test_rlhf_identity():

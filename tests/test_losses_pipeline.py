@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from u2a.curvature import GaussNewton
 from u2a.curvature.features import row_features
 from u2a.curvature.sources import sources
 from u2a.inner import InnerProblem, inner_solve
-from u2a.losses import LOSSES, get_loss
+from u2a.losses import LOSSES, describe, get_loss
 from u2a.losses.base import PARTNER
 from u2a.objectives import PairSet, Preference
 from u2a.outer import Outer, SolveSettings
@@ -178,4 +180,15 @@ def test_names_for_the_configuration_match_the_table():
     assert paired == {n for n, x in LOSSES.items() if PARTNER in x.needs}
     assert single <= {n for n, x in LOSSES.items() if x.wired} - paired
     assert set(LOSSES) == (single | paired | set(loss_names.LIBRARY)) - {"pmpo", "fdpg"}
+    options = {n: tuple(x.options) for n, x in LOSSES.items() if x.options}
+    assert options == loss_names.OPTIONS
     assert set(loss_names.INEXACT) == {n for n, x in LOSSES.items() if not x.exact}
+
+
+def test_the_page_of_losses_is_current():
+    page = Path(__file__).parents[1] / "docs" / "losses.md"
+    assert page.read_text() == describe.markdown(), "python -m u2a.losses.describe > docs/losses.md"
+    for name, *_ in describe.PARTS:
+        module, _, names = name.rpartition(".")
+        for part in names.split(", "):
+            assert callable(getattr(importlib.import_module(module), part))

@@ -170,8 +170,8 @@ class SelectConfig(Section):
 
 
 class UnlearnConfig(Section):
-    """`loss` and `beta` as in `u2a.losses` (beta null: the loss's own); `anchor` is the lambda of
-    lambda/2 ||theta - theta_0||^2.
+    """`loss`, `beta` (null: the loss's own) and `options` as in `u2a.losses`; `anchor` is the
+    lambda of lambda/2 ||theta - theta_0||^2.
 
     `solver`: how the inner problem is solved between rounds, exactly by L-BFGS (small models; `tol`
     on the largest gradient entry, `max_iter`) or by `steps` steps of the trainer. The final
@@ -180,6 +180,7 @@ class UnlearnConfig(Section):
 
     loss: Annotated[str, PlainValidator(loss_name)] = "npo"
     beta: Positive | None = None
+    options: dict[str, float] = {}
     retain_weight: NonNegative = 1.0
     anchor: NonNegative = 0.0
     lr: Positive = 1e-5

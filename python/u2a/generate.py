@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from u2a.adapter import device_of, evaluating
+from u2a.batch import Row
 
 Ids = tuple[int, ...]
 
@@ -43,9 +44,10 @@ class Sampling:
 
 
 def continuations(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], how: Sampling, seed: int
-) -> list[Ids]:
-    """One continuation of each prompt, without its end-of-sequence token.
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Ids], how: Sampling, seed: int,
+    *, ended: bool = False,
+) -> list[Ids]:  # fmt: skip
+    """One continuation of each prompt, without its end-of-sequence token unless `ended`.
 
     All at once, padded on the left. The global random state is put back; the draws depend on `seed`
     and on the prompts of the call. Raises ValueError for an empty prompt.
@@ -69,8 +71,27 @@ def continuations(
             repetition_penalty=1.0, max_new_tokens=how.max_new_tokens, pad_token_id=pad,
             eos_token_id=eos, use_cache=True,
         )  # fmt: skip
-    return [_until(row, eos) for row in out[:, width:].tolist()]
+    return [_until(row, eos, ended) for row in out[:, width:].tolist()]
 
 
-def _until(row: list[int], eos: int) -> Ids:
-    return tuple(row[: row.index(eos)] if eos in row else row)
+def _until(row: list[int], eos: int, ended: bool) -> Ids:
+    return tuple(row[: row.index(eos) + ended] if eos in row else row)
+
+
+def sampled_rows(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], how: Sampling, seed: int
+) -> list[Row]:
+    """`how.samples` answers of the model to each row's prompt, as rows with the uid of theirs.
+
+    For online objectives (`u2a.losses.fdpg`, `u2a.losses.steps.pmpo`): `u2a.answer_logps` of them
+    is what the model sampled from, if `how` is the whole distribution at temperature 1.
+    """
+    asked = [row for row in rows for _ in range(how.samples)]
+    out = []
+    for i in range(0, len(asked), how.batch):
+        group = asked[i : i + how.batch]
+        found = continuations(
+            model, tokenizer, [r.prompt_ids for r in group], how, seed + i, ended=True
+        )
+        out += [replace(r, answer_ids=ids) for r, ids in zip(group, found, strict=True)]
+    return out

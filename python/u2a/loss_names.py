@@ -34,6 +34,10 @@ LIBRARY = {
     "fdpg": "needs sampled answers: u2a.losses.fdpg",
 }
 INEXACT = ("wtnpo",)
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "simnpo": ("margin",), "wtnpo": ("alpha",), "satimp": ("beta2",), "unlikelihood": ("floor",),
+    "topr": ("low", "high"), "llmu": ("forget", "normal"), "exmate": ("c",), "mate": ("c",),
+}  # fmt: skip
 
 
 def loss_name(value: Any) -> str:
@@ -52,6 +56,9 @@ def combination_faults(cfg: Config) -> list[str]:
     """What the configured loss cannot be combined with, one line each."""
     loss, s = cfg.unlearn.loss, cfg.solve
     out = []
+    for key in cfg.unlearn.options.keys() - set(OPTIONS.get(loss, ())):
+        has = ", ".join(OPTIONS.get(loss, ())) or "none"
+        out.append(f"unlearn.options.{key}: unknown, wanted one of those of loss {loss}: {has}")
     if loss in INEXACT and cfg.unlearn.solver == "lbfgs":
         out.append(
             f"unlearn.solver: 'lbfgs', wanted trainer beside loss {loss}: its value is not "

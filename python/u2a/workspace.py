@@ -120,7 +120,7 @@ class Workspace:
     def problem(self) -> InnerProblem:
         """The inner problem, all weights 0; theta_0 is the fresh adapter, whatever is loaded."""
         u, n, model = self.cfg.unlearn, len(self.data.forget), self.model
-        loss = get_loss(u.loss, u.beta)
+        loss = get_loss(u.loss, u.beta, **u.options)
         return InnerProblem.build(
             model,
             self.data.forget,

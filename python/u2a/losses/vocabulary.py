@@ -170,7 +170,7 @@ LOSSES = (
         needs=frozenset({VOCABULARY}),
     ),
     Loss(
-        "pdu", "mean_t (max z - mean z)^2, with lambda (L_r - eps) by `steps.Dual`",
+        "pdu", "mean_t (max z - mean z)^2, plus lam (L_r - eps), see steps.Dual",
         "PDU, arXiv 2506.05314", pdu, Vector(2.25, logits=_Z, target=1),
         needs=frozenset({VOCABULARY}), retain_weight=1.0,
     ),
