@@ -3,8 +3,9 @@ the products' floor.
 
 `full`: W with a direction and a gradient; `lora`: W frozen, factors of rank 8 trained; `parts`: the
 lora layer of one dual_linear for each factor, as peft writes it. `double`: forward, backward with a
-graph and its backward on the primal half, with all that the layers around it need. `of gemm`: the products of the algorithm, 8 units of
-2 T d_in d_out when full and 4 with lora plus the skinny ones, at the rate of a large square one.
+graph and its backward on the primal half, with all that the layers around it need. `of gemm`: the
+products of the algorithm, 8 units of 2 T d_in d_out when full and 4 with lora plus the skinny ones,
+at the rate of a large square one.
 `python benchmarks/bench_dual_linear.py [threads]` prints interleaved medians.
 """
 

@@ -15,7 +15,10 @@ def leaves(args, names):
     return [args[n].requires_grad_() for n in names if args.get(n) is not None]
 
 
-@pytest.mark.parametrize("name", ["dual_attention", "dual_linear", "dual_linear_cross_entropy"])
+MODES = ["dual_attention", "dual_linear", "dual_linear_cross_entropy", "dual_lora_linear"]
+
+
+@pytest.mark.parametrize("name", MODES)
 def test_jvp_is_forward_only(name):
     case = CASES[name]
     args = case.inputs(case.variants[0], torch.float32)
@@ -41,7 +44,7 @@ def test_narrow_types_are_fp32_inside(name):
             assert torch.equal(a, b.to(a.dtype))
 
 
-@pytest.mark.parametrize("name", [*ROWWISE, "dual_linear"])
+@pytest.mark.parametrize("name", [*ROWWISE, "dual_linear", "dual_lora_linear"])
 def test_nan_cotangent_stays_in_its_row(name):
     """Only the row itself goes bad, in the primal half, the tangent half or both."""
     case = CASES[name]
