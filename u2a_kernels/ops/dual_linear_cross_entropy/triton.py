@@ -161,6 +161,12 @@ def _rows(
     return out, out_t
 
 
+def _operand(g: Tensor) -> Tensor:
+    """A narrow view of wider rows. Off the GPU it is copied: there bf16 products (oneDNN, torch
+    2.13) let NaN bits that lie between the rows into the result."""
+    return g if g.is_cuda else g.contiguous()
+
+
 def forward(
     h: Tensor, weight: Tensor, targets: Tensor, weight_t: Tensor | None, bias: Tensor | None,
     bias_t: Tensor | None, softcap: float, mode: str, rows: bool,
@@ -171,7 +177,8 @@ def forward(
     primal, tangent = halves(h)
     targets = targets.contiguous()
     bias, bias_t = (None if x is None else x.contiguous() for x in (bias, bias_t))
-    size = share(n, v, SCRATCH_ELEMENTS // 2)
+    # fewer rows than about 200 would wait for the weight's bytes
+    size = max(1, min(SCRATCH_ELEMENTS // 2 // v, max(512, -(-n // 8))))
     for s in range(0, n, size):
         at = slice(s, min(n, s + size))
         z, z_t = mm32(primal[at], weight.T), mm32(tangent[at], weight.T)
@@ -183,6 +190,7 @@ def forward(
         )  # fmt: skip
         if not rows:
             continue
+        g, f = _operand(g), _operand(f)
         if mode == "ggn":
             torch.mm(g, weight, out=kept[0, at])
             continue
@@ -221,7 +229,7 @@ def backward(
             c.start, v, softcap, True, ggn,
         )  # fmt: skip
         cotangents = both.view(h.dtype)[: len(pulled), : z.shape[1]]
-        torch.mm(cotangents.T, pulled, out=dw[c])
+        torch.mm(_operand(cotangents).T, pulled, out=dw[c])
         if bias is not None:
             db[c] = g.sum(0, dtype=torch.float32).to(db.dtype)
     return dw, db
