@@ -13,6 +13,7 @@ import test_dual
 import test_dual_answers as answers
 import test_dual_attention as attention
 import test_dual_ggn as ggn
+import test_dual_linear_cross_entropy as head
 import test_dual_modules as modules
 import test_dual_ops as ops
 import test_products as products
@@ -136,8 +137,8 @@ EXTRA = {
     "dual_linear_cross_entropy": [
         ggn.test_head_ggn_ignores_the_cotangent_of_the_loss,
         *(partial(ggn.test_second_order_product, "ggn", frozen) for frozen in ((), ("head",))),
-        ops.test_ignored_tokens_are_never_read,
-        ops.test_curvature_survives_a_common_shift,
+        head.test_ignored_tokens_are_never_read,
+        head.test_curvature_survives_a_common_shift,
     ],
 }
 

@@ -138,7 +138,7 @@ class Task:
 
 
 def _config(inputs: Path, loss: str, seed: int) -> Any:
-    tree = {
+    tree: dict[str, Any] = {
         "schema": 1,
         "model": {"name": str(inputs / "model"), "dtype": "float32"},
         "data": {

@@ -99,7 +99,8 @@ def backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
     if gated and up is None:
-        both = backward(grad, *gate.chunk(2, -1), activation, gated)
+        a, b = gate.chunk(2, -1)
+        both = backward(grad, a, b, activation, gated)
         return torch.cat(both, -1), gate.new_empty(0)
     acc = accum_dtype(gate)
     a, a_t = halves(gate.to(acc))
