@@ -145,7 +145,8 @@ def test_overrides_are_typed_and_checked(write):
     assert found == [
         "select.budget: 'many', wanted a valid integer",
         "unlearn.rl: unknown key, wanted one of loss, beta, options, retain_weight, anchor, lr, "
-        "steps, batch_tokens, batch_rows, retain_rows, optimizer, solver, tol, max_iter, nearest 'lr'",
+        "steps, batch_tokens, batch_rows, retain_rows, optimizer, solver, tol, max_iter, "
+        "nearest 'lr'",
     ]
     assert "is not a section" in faults(lambda: load_config(path, {"unlearn.lr.x": "1"}))[0]
 
