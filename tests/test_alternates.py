@@ -11,11 +11,12 @@ from u2a.alternates import Writer, alternates, defaults, items
 from u2a.batch import Row
 from u2a.cli import app
 from u2a.config import load_config, make_config
-from u2a.data import match_partners, prepare
+from u2a.data import prepare
 from u2a.demo.base_model import train_base
 from u2a.demo.corpus import Sizes, write_corpus
 from u2a.errors import ConfigError, DataError, MismatchError
 from u2a.generate import Sampling, continuations
+from u2a.partners import match_partners
 from u2a.rewrite import REFUSALS, Item, Rewriter, chosen, random_of, refusal, text_of
 from u2a.schemas import Example
 from u2a.workspace import Workspace
