@@ -81,4 +81,9 @@ def combination_faults(cfg: Config) -> list[str]:
                 f"{key}: {value!r}, wanted another beside unlearn.loss {loss}: it takes "
                 "gradients row by row, the loss pairs rows"
             )
+    if loss in PAIRED and cfg.select.method in ("pursuit", "quadratic"):
+        out.append(
+            f"select.method: {cfg.select.method!r}, wanted another beside unlearn.loss {loss}: it "
+            "takes gradients row by row, the loss pairs rows"
+        )
     return out

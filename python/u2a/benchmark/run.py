@@ -15,14 +15,15 @@ from u2a.benchmark.aligned import alignment, detection, upper_reference
 from u2a.benchmark.predicted import predicted_against_realised
 from u2a.benchmark.selectors import SELECTORS
 from u2a.benchmark.tables import report
-from u2a.benchmark.task import LOSSES, PRESETS, Task
+from u2a.benchmark.task import LOSSES, PRESETS, SCALE, Task
 
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What is measured: weights of one candidate, set sizes, total weights, budget, noise."""
+    """What is measured: weights of one candidate, set sizes, total weights (both in units of
+    `task.SCALE`), budget, noise."""
 
     losses: tuple[str, ...] = tuple(LOSSES)
     weights: tuple[float, ...] = (0.002, 0.0075)
@@ -91,7 +92,8 @@ def _predictions(store: _Store, scope: Scope, size: str, seed: int) -> None:
         store.measure(
             "predicted", (size, seed, loss),
             lambda t=task: predicted_against_realised(  # type: ignore[misc]
-                t.get(), scope.weights, scope.singles, dict(scope.groups)
+                t.get(), [SCALE[t.loss] * w for w in scope.weights], scope.singles,
+                dict(scope.groups),
             ),
         )  # fmt: skip
 
@@ -101,7 +103,8 @@ def _alignments(store: _Store, scope: Scope, size: str, seed: int) -> None:
     cells += [(scope.noise_loss, noise) for noise in scope.noise]
     for loss, noise in dict.fromkeys(cells):
         task = _Lazy(store.out, loss, seed, noise, size)
-        for total, name in itertools.product(scope.totals, scope.selectors):
+        totals = [SCALE[loss] * s for s in scope.totals]
+        for total, name in itertools.product(totals, scope.selectors):
             store.measure(
                 "alignment", (size, seed, loss, noise, total, name),
                 lambda t=task, s=total, n=name: alignment(t.get(), [s], scope.budget, [n]),  # type: ignore[misc]
@@ -116,6 +119,7 @@ class _Lazy:
 
     def __init__(self, out: Path, loss: str, seed: int, noise: float, size: str) -> None:
         self.made: Task | None = None
+        self.loss = loss
         self.ask = lambda: Task(out, loss=loss, seed=seed, noise=noise, size=size)
 
     def get(self) -> Task:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from u2a.benchmark.task import SCALE
 from u2a.plots import STYLE, _png, plt
 
 Rows = Sequence[Mapping[str, Any]]
@@ -61,20 +62,20 @@ def alignment_table(rows: Mapping[str, Rows]) -> str:
     gains = mean(shown, ("loss", "selector", "total"), "gain")
     epochs = mean(shown, ("selector",), "epochs")
     losses = list(dict.fromkeys(r["loss"] for r in shown))
-    totals = sorted({r["total"] for r in shown})
+    totals = sorted({r["total"] / SCALE[r["loss"]] for r in shown})
     upper = mean([r for r in rows["upper"] if r["noise"] == noise], ("loss",), "gain")
     body = []
     for name in dict.fromkeys(r["selector"] for r in shown):
         cells = []
         for loss in losses:
-            over = [fmean(gains[loss, name, s]) for s in totals]
+            over = [fmean(gains[loss, name, s * SCALE[loss]]) for s in totals]
             cells.append(f"**{fmean(over):+.3f}** ({' '.join(f'{x:+.2f}' for x in over)})")
         body.append((name, *cells, f"{fmean(epochs[name,]):.0f}"))
     if upper:
         body.append(("DPO on the pairs", *(f"{fmean(upper[loss,]):+.3f}" for loss in losses), ""))
     title = (
         f"## Test J gained at equal utility ({noise:.0%} mislabelled)\n\nBold: mean over total "
-        f"weights {', '.join(map(str, totals))}; in brackets each; last column: cost of selecting, "
+        f"weights of {', '.join(map(str, totals))} in NPO's unit; in brackets each; last column: cost of selecting, "
         "in epochs over the candidates.\n\n"
     )
     return title + table(["selector", *losses, "epochs"], body)

@@ -153,9 +153,11 @@ def _config(inputs: Path, loss: str, seed: int) -> Any:
     return make_config(tree, source="validation benchmark")
 
 
+# Every inner problem has the retain term, so gradient ascent here is GradDiff.
 LOSSES: dict[str, dict[str, Any]] = {
-    "ga": {"loss": "ga", "anchor": 1.0},
-    "graddiff": {"loss": "graddiff", "anchor": 1.0},
+    "graddiff": {"loss": "graddiff", "anchor": 0.3},
     "npo": {"loss": "npo"},
     "simnpo": {"loss": "simnpo", "beta": 2.5},
 }
+# Losses are per token, per answer or saturating: a weight means as much as this many of NPO's.
+SCALE = {"graddiff": 2.0, "npo": 1.0, "simnpo": 4.0}
