@@ -75,8 +75,8 @@ def alignment_table(rows: Mapping[str, Rows]) -> str:
         body.append(("DPO on the pairs", *(f"{fmean(upper[loss,]):+.3f}" for loss in losses), ""))
     title = (
         f"## Test J gained at equal utility ({noise:.0%} mislabelled)\n\nBold: mean over total "
-        f"weights of {', '.join(map(str, totals))} in NPO's unit; in brackets each; last column: cost of selecting, "
-        "in epochs over the candidates.\n\n"
+        f"weights of {', '.join(map(str, totals))} in NPO's unit; in brackets each; last "
+        "column: cost of selecting, in epochs over the candidates.\n\n"
     )
     return title + table(["selector", *losses, "epochs"], body)
 
