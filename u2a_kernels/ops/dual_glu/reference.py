@@ -99,8 +99,8 @@ def backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
     if gated and up is None:
-        both = backward(grad, *gate.chunk(2, -1), activation, gated)
-        return torch.cat(both, -1), gate.new_empty(0)
+        a, b = gate.chunk(2, -1)
+        return torch.cat(backward(grad, a, b, activation, gated), -1), gate.new_empty(0)
     acc = accum_dtype(gate)
     a, a_t = halves(gate.to(acc))
     g_t, g = halves(grad.to(acc))
