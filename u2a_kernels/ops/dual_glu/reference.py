@@ -100,8 +100,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     if gated and up is None:
         a, b = gate.chunk(2, -1)
-        both = backward(grad, a, b, activation, gated)
-        return torch.cat(both, -1), gate.new_empty(0)
+        return torch.cat(backward(grad, a, b, activation, gated), -1), gate.new_empty(0)
     acc = accum_dtype(gate)
     a, a_t = halves(gate.to(acc))
     g_t, g = halves(grad.to(acc))
