@@ -220,9 +220,9 @@ def _backward_wide_kernel(
 
 
 def config(n: int, d: int, held: int, limit: int) -> dict[str, int]:
-    """Blocks of whole rows, `held` elements on chip for each of their tensors, one row at least;
-    pieces of 4096 columns where a row has more than `limit`."""
-    width = max(16, triton.next_power_of_2(min(d, limit) if d <= limit else 4096))
+    """Blocks of whole rows, about `held` elements of each tensor on chip; pieces of 2048 columns
+    where a row has more than `limit`, the most that was compiled without spills."""
+    width = max(16, triton.next_power_of_2(d if d <= limit else 2048))
     rows = max(1, min(held // width, triton.next_power_of_2(n)))
     return dict(BR=rows, BD=width, num_warps=max(4, min(16, rows * width * 4 // held)))
 
@@ -239,7 +239,7 @@ def forward(
     if x.numel():
         d = x.shape[-1]
         n = x.numel() // d // 2
-        c = config(n, d, held=4096, limit=16384)
+        c = config(n, d, held=4096, limit=8192)
         _forward_kernel[(triton.cdiv(n, c["BR"]),)](
             x, y, *vectors, n, d, eps,
             HAS_B=bias is not None, HAS_WT=weight_t is not None, HAS_BT=bias_t is not None,
@@ -257,7 +257,7 @@ def backward(
     grad, x, vectors = grad.contiguous(), x.contiguous(), _contiguous(weight, weight_t)
     dx, d = torch.empty_like(x), x.shape[-1]
     n = x.numel() // max(1, d) // 2
-    c = config(n, d, held=2048, limit=8192)
+    c = config(n, d, held=2048, limit=4096 if weight_grad or bias_grad else 8192)
     programs = triton.cdiv(n, c["BR"])
     if weight_grad or bias_grad:
         programs = min(programs, PROGRAMS)
