@@ -27,6 +27,9 @@ using Compute = typename ComputeType<S>::type;
 
 namespace {
 
+// Rows of scratch lie so that no two of them start at the same place of a page.
+constexpr int64_t scratch_row(int64_t d) { return d + 80; }
+
 template <typename T>
 struct Lanes {
   static constexpr int64_t kCount = 64 / sizeof(T);
