@@ -27,6 +27,7 @@ from u2a import logps
 from u2a import products as chain_rule
 from u2a.dual_modules import path
 from u2a.dual_table import TABLE
+from u2a_kernels import _norm
 
 CASES = {c.name: c for c in all_cases() if c.name.startswith("dual_")}
 SKIPPED = (  # how much is held at once, where any value is right; shapes, which opcheck compares;
@@ -128,7 +129,9 @@ def references(name):
     return {name: forward, f"{name}_bwd": backward}
 
 
-SAME_OP = {"dual_glu": "dual_act"}  # another entry to the same formulas
+# Another op or entry with the same formulas, and where those are.
+SAME_OP = {"dual_glu": "dual_act", "dual_layer_norm": "dual_rms_norm"}
+FORMULAS = {"dual_layer_norm": (_norm.reference, _norm.reference_bwd)}
 
 
 def checks(name):
@@ -178,7 +181,10 @@ EXTRA = {
 @pytest.mark.parametrize("name", [n for n in CASES if "-" not in n and n not in SAME_OP.values()])
 def test_every_term_of_an_op(name):
     found = references(name)
-    functions = reached(*found.values(), home="u2a_kernels.ops.", skip=SKIPPED)
+    if name in FORMULAS:
+        found |= references(SAME_OP[name])
+    roots = FORMULAS.get(name, found.values())
+    functions = reached(*roots, home=("u2a_kernels.ops.", "u2a_kernels._norm"), skip=SKIPPED)
     with served_by(found):
         left = unnoticed(functions, checks(name))
     assert not left, "\n".join(left)
