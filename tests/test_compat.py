@@ -200,9 +200,11 @@ def test_refusals():
 
 def test_compiled_first_order():
     x, w = rand(3, 5).requires_grad_(), rand(5, seed=1)
-    f = torch.compile(
-        lambda x: compat.rms_norm(x, w).sin().sum(), backend="aot_eager", fullgraph=True
-    )
+
+    def loss(x):
+        return compat.rms_norm(x, w).sin().sum()
+
+    f = torch.compile(loss, backend="aot_eager", fullgraph=True)
     (got,) = torch.autograd.grad(f(x), x)
     (want,) = torch.autograd.grad(plain_rms(x, w).sin().sum(), x)
     close(got, want)
@@ -221,4 +223,4 @@ def test_double_backward_holds_no_scores():
         y = compat.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum()
         first = torch.autograd.grad(y, (q, k, v), create_graph=True)
         torch.autograd.grad(sum((g * g).sum() for g in first), (q, k, v))
-    assert max(kept) <= 4 * t
+    assert max(kept) <= 2 * q.numel() < t * t / 4, "stacked rows at most"

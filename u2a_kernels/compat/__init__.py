@@ -8,6 +8,7 @@ A third derivative raises by name. `torch.compile` of a first-order use works.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,30 +46,34 @@ def _dual_attention(xs: list[Tensor], ts: Any, options: tuple[Any, ...], mode: s
 
 _ATTENTION = Rule("compat.scaled_dot_product_attention", "rrr", _attention, _dual_attention)
 _RMS = Rule(
-    "compat.rms_norm", "rp",
+    "compat.rms_norm",
+    "rp",
     lambda x, w, eps: F.rms_norm(x, w.shape, w, eps),
-    lambda xs, ts, options, mode: dual_rms_norm(xs[0], xs[1], ts[1], *options),
-)  # fmt: skip
+    lambda xs, ts, options, mode: dual_rms_norm(xs[0], xs[1], ts[1], options[0]),
+)
 _LAYER = Rule(
-    "compat.layer_norm", "rpp",
+    "compat.layer_norm",
+    "rpp",
     lambda x, w, b, eps: F.layer_norm(x, w.shape, w, b, eps),
-    lambda xs, ts, options, mode: dual_layer_norm(*xs, ts[1], ts[2], *options),
-)  # fmt: skip
-PLAIN = {
+    lambda xs, ts, options, mode: dual_layer_norm(xs[0], xs[1], xs[2], ts[1], ts[2], options[0]),
+)
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 _GLU = Rule(
-    "compat.glu", "rr",
+    "compat.glu",
+    "rr",
     lambda a, b, activation: PLAIN[activation](a) * b,
-    lambda xs, ts, options, mode: dual_glu(*xs, *options),
-)  # fmt: skip
+    lambda xs, ts, options, mode: dual_glu(xs[0], xs[1], options[0]),
+)
 _ACT = Rule(
-    "compat.activation", "r",
+    "compat.activation",
+    "r",
     lambda x, activation: PLAIN[activation](x),
-    lambda xs, ts, options, mode: dual_act(*xs, *options),
-)  # fmt: skip
+    lambda xs, ts, options, mode: dual_act(xs[0], options[0]),
+)
 
 
 def _head(xs: list[Tensor], ts: Any, options: Any, mode: str) -> Tensor:
