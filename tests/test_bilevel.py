@@ -84,6 +84,15 @@ def test_loop_raises_J_predicts_it_and_returns_the_optimum_of_its_weights(growth
     assert all(kind == "round" for kind, _ in toy.said)
 
 
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_a_budget_that_the_blocks_do_not_divide(growth):
+    """Blocks of ceil(10 / 6) = 2 are used up after five."""
+    toy = Toy(n=20, p=6, q=0.1, seed=13)
+    found = bilevel(toy, Plan(10, 0.2, blocks=6, growth=growth))
+    assert int((toy.last > 0).sum()) <= 10 and float(toy.last.sum()) <= 0.2 + 1e-6
+    assert found.J_best > found.J_start
+
+
 def test_quadratic_finds_the_best_set_of_all_where_J_is_quadratic():
     """J is exactly quadratic in w when no candidate has curvature: one block is the answer."""
     toy = Toy(n=7, p=4, q=1.5, seed=5)

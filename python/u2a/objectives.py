@@ -1,8 +1,7 @@
 """Outer objectives J: what alignment is, as a number to raise, with its gradient and Hessian.
 
 Each is J = sum of per-row functions of answer log-probabilities, so its derivatives are those of
-`u2a.products`. Objectives over the model's own answers draw them first (`u2a.sampling`) and hold
-them until `refresh`.
+`u2a.products`. The expected reward of drawn answers is `u2a.rewards.Reward`.
 """
 
 from __future__ import annotations

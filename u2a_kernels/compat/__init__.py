@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from u2a_kernels._checks import check_dim, check_size, wanted
-from u2a_kernels.compat.lift import Rule
+from u2a_kernels.compat.lift import lift
+from u2a_kernels.compat.rule import Rule
 from u2a_kernels.ops.dual_attention import dual_attention
 from u2a_kernels.ops.dual_glu import dual_act, dual_glu
 from u2a_kernels.ops.dual_layer_norm import dual_layer_norm
@@ -125,12 +126,12 @@ def scaled_dot_product_attention(
     if is_causal and query.shape[2] != key.shape[2]:
         raise wanted(op, "is_causal", f"as many keys as queries, {query.shape[2]}", key.shape[2])
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _ATTENTION.lift(query, key, value, options=(is_causal, factor, window, softcap))
+    return lift(_ATTENTION, query, key, value, options=(is_causal, factor, window, softcap))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``F.rms_norm(x, weight.shape, weight, eps)``, x [..., d] of two dimensions or more."""
-    return _RMS.lift(x, weight, options=(eps,))
+    return lift(_RMS, x, weight, options=(eps,))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -138,27 +139,27 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     torch's own has wrong weight tangents under nested forward mode.
     """
-    return _LAYER.lift(x, weight, bias, options=(eps,))
+    return lift(_LAYER, x, weight, bias, options=(eps,))
 
 
 def silu(x: Tensor) -> Tensor:
     """``F.silu(x)``, x of two dimensions or more."""
-    return _ACT.lift(x, options=("silu",))
+    return lift(_ACT, x, options=("silu",))
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """``F.gelu(x, approximate=approximate)``, x of two dimensions or more."""
-    return _ACT.lift(x, options=(_gelu("compat.gelu", approximate),))
+    return lift(_ACT, x, options=(_gelu("compat.gelu", approximate),))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``F.silu(gate) * up``."""
-    return _GLU.lift(gate, up, options=("silu",))
+    return lift(_GLU, gate, up, options=("silu",))
 
 
 def geglu(gate: Tensor, up: Tensor, approximate: str = "none") -> Tensor:
     """``F.gelu(gate, approximate=approximate) * up``."""
-    return _GLU.lift(gate, up, options=(_gelu("compat.geglu", approximate),))
+    return lift(_GLU, gate, up, options=(_gelu("compat.geglu", approximate),))
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -166,7 +167,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     h [N, d], weight [V, d], targets [N] int64 or -100 (0 there, and no gradient).
     """
-    return _HEAD.lift(h, weight, targets)
+    return lift(_HEAD, h, weight, targets)
 
 
 def _gelu(op: str, approximate: str) -> str:

@@ -16,6 +16,7 @@ from u2a.demo.base_model import Shape, train_base
 from u2a.demo.corpus import Sizes, write_corpus
 from u2a.evaluate import perplexity
 from u2a.inner import inner_solve
+from u2a.losses.steps import calibrate
 from u2a.objectives import Objective
 from u2a.outer import Outer
 from u2a.workspace import Workspace, quiet
@@ -109,17 +110,12 @@ class Task:
         """Of the model as it is, then back to theta*(0).
 
         Where retain perplexity is above the bound, theta_0 + a (theta - theta_0) with the largest a
-        that is not, by bisection: the calibration of "unlearning with control" (arXiv 2406.09179).
+        that is not: `u2a.losses.steps.calibrate`.
         """
         end = snapshot(self.model)
         raw, raw_ratio = self.test.value(self.model) - self.J, self._perplexity() / self.ppl
-        mix, ratio = 1.0, raw_ratio
-        if raw_ratio > UTILITY:
-            low, high = 0.0, 1.0
-            for _ in range(8):
-                mid = (low + high) / 2
-                low, high = (mid, high) if self._mixed(end, mid) <= UTILITY else (low, mid)
-            mix, ratio = low, self._mixed(end, low)
+        mix = calibrate(lambda a: 1 / self._mixed(end, a), 1 - 1 / UTILITY, steps=8)
+        ratio = self._mixed(end, mix)
         gain = self.test.value(self.model) - self.J
         self.back()
         return Outcome(gain, ratio, mix, raw, raw_ratio)

@@ -22,6 +22,8 @@ def grow(loop: Loop) -> None:
         gain = scores.gain.double().masked_fill(loop.gone, float("-inf"))
         left = loop.plan.budget - int((loop.weights > 0).sum())
         size = min(left, -(-loop.plan.budget // blocks))
+        if not size and step is _greedy:
+            return
         new = step(loop, gain, solution, size, (k + 1) / blocks)
         if new is None:
             loop.stopped = "no positive gain"
@@ -40,12 +42,12 @@ def _greedy(loop: Loop, gain: Tensor, _: Solution, size: int, share: float) -> T
 def _pursuit(
     loop: Loop, gain: Tensor, solution: Solution, size: int, share: float
 ) -> Tensor | None:
-    open_ = _open(loop, gain, size)
-    if not len(open_):
+    open_ = _open(loop, gain.masked_fill(gain <= 0, float("-inf")), size)
+    total = share * loop.plan.total_weight - float(loop.weights.sum())
+    if not (len(open_) and total > 0):
         return None
     found = loop.outer.interactions(loop.weights, solution, inverse=loop.plan.inverse)
     at = open_[:, None], open_
-    total = share * loop.plan.total_weight - float(loop.weights.sum())
     chosen = matching_pursuit(gain[open_], found.gram[at], budget=min(size, len(open_)) or 1,
                               total=total)  # fmt: skip
     step = torch.zeros_like(gain)
