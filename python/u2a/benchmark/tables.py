@@ -123,27 +123,35 @@ def detection_table(rows: Rows) -> str:
 
 
 def predicted_picture(rows: Rows) -> bytes:
-    """Spearman over the weight, a panel per design, a line per estimator, band over seeds."""
+    """Spearman over the weight: a row of panels per loss, a panel per design, a line per estimator,
+    bars one standard deviation over seeds."""
     designs = list(dict.fromkeys(r["design"] for r in rows)) or ["single"]
+    losses = list(dict.fromkeys(r["loss"] for r in rows)) or ["npo"]
     names = list(dict.fromkeys(r["estimator"] for r in rows))
-    found = mean(rows, ("design", "estimator", "weight"), "rho")
+    found = mean(rows, ("loss", "design", "estimator", "weight"), "rho")
+    size = (4.2 * len(designs), 3.0 * len(losses))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1, len(designs), figsize=(4.2 * len(designs), 3.8), sharey=True, squeeze=False
+            len(losses), len(designs), figsize=size, sharey=True, squeeze=False
         )
-        for axis, design in zip(axes[0], designs, strict=True):
-            for i, name in enumerate(names):
-                at = sorted({w for d, n, w in found if (d, n) == (design, name)})
-                middle = [fmean(found[design, name, w]) for w in at]
-                spread = [pstdev(found[design, name, w]) for w in at]
-                colour = f"C{i}"
-                axis.plot(at, middle, "o-", color=colour, label=name, markersize=4)
-                low = [m - s for m, s in zip(middle, spread, strict=True)]
-                high = [m + s for m, s in zip(middle, spread, strict=True)]
-                axis.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
-            axis.set(title=design, xscale="log", xlabel="weight of each candidate")
-        axes[0][0].set_ylabel("Spearman(predicted, realised)")
-        axes[0][-1].legend(fontsize=8, loc="lower left")
+        for line, loss in zip(axes, losses, strict=True):
+            for axis, design in zip(line, designs, strict=True):
+                for i, name in enumerate(names):
+                    at = [w for lo, d, n, w in found if (lo, d, n) == (loss, design, name)]
+                    over = [found[loss, design, name, w] for w in at]
+                    axis.errorbar(
+                        at, list(map(fmean, over)), list(map(pstdev, over)), fmt="o-",
+                        color=f"C{i}", label=name, markersize=4, capsize=2, linewidth=1.2,
+                    )  # fmt: skip
+                axis.set(title=f"{loss}, {design}", xscale="log", ylim=(-0.25, 1.05))
+                axis.set_xticks(
+                    at := sorted({w for lo, *_, w in found if lo == loss}), map(str, at)
+                )
+                axis.set_xticks([], minor=True)
+            line[0].set_ylabel("Spearman")
+        for axis in axes[-1]:
+            axis.set_xlabel("weight of each candidate")
+        axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.tight_layout()
         return _png(figure)
 
@@ -165,7 +173,7 @@ def alignment_picture(rows: Rows) -> bytes:
                 ours = name.startswith("u2a")
                 axis.plot(
                     at, [fmean(found[loss, name, s]) for s in at], "o-" if ours else ".--",
-                    color=f"C{i % 10}", linewidth=2 if ours else 1, label=name,
+                    color=plt.cm.tab20(i), linewidth=2 if ours else 1, label=name,
                 )  # fmt: skip
             axis.set(title=loss, xscale="log", xlabel="total weight")
         axes[0][0].set_ylabel("test J gained at equal utility")
