@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from u2a.bilevel import bilevel
     from u2a.curvature import GaussNewton, Hessian, Sum
     from u2a.dual import dual
+    from u2a.linearize import linearize
     from u2a.products import answer_logps, ggnvp, gradient, hvp, jvp_scores
     from u2a.scan import scan
     from u2a.select import select
@@ -34,6 +35,7 @@ _HOME = {
     "gradient": "products",
     "hvp": "products",
     "jvp_scores": "products",
+    "linearize": "linearize",
     "scan": "scan",
     "select": "select",
     "solve": "solve",
@@ -50,6 +52,7 @@ __all__ = [
     "gradient",
     "hvp",
     "jvp_scores",
+    "linearize",
     "scan",
     "select",
     "solve",

@@ -1,0 +1,207 @@
+"""Answer log-probabilities of a fixed batch and what their derivatives need, for K directions.
+
+z = W h + b, a = c tanh(z / c) or z, s = a'(z), p = softmax a, R = s (p - 1) with 1 the one-hot
+target: d logp = -R dz. Tangents: z_t = W h_t + W_t h + b_t, u = p (s z_t - <p, s z_t>),
+R_t = s u + a''(z) z_t (p - 1). Logits are made again for every product, some tokens at a time;
+p is held where all of it fits `HELD` numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+HELD = 1 << 24  # probabilities held between products, at most
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # made at once, about
+TILE = 8192  # rows of a narrow weight that are widened at once
+
+
+class Chunk(NamedTuple):
+    rows: slice
+    h: Tensor
+    p: Tensor
+    residual: Tensor  # p - one-hot
+    slope: Tensor | float
+    bend: Tensor | float
+
+
+class Found(NamedTuple):
+    """Cotangents of a sweep: of the hidden states `[K, n, d]`, weight `[K, V, d]`, bias."""
+
+    h: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Head:
+    """h `[n, d]` and targets `[n]` of a batch's answer tokens; `weight_t [K, V, d]` or None."""
+
+    def __init__(
+        self, head: nn.Linear, softcap: float | None, h: Tensor, targets: Tensor, hvp: bool
+    ) -> None:
+        self.weight = head.weight.detach()
+        self.bias = None if head.bias is None else head.bias.detach()
+        self.softcap, self.dtype = softcap, h.dtype
+        self.h = h.detach().to(torch.promote_types(h.dtype, torch.float32))
+        self.targets = targets
+        held = softcap is None and len(targets) * len(self.weight) <= HELD
+        self.p: Tensor | None = self.h.new_empty(len(targets), len(self.weight)) if held else None
+        self.logp = self.h.new_empty(len(targets))
+        self.pulled = torch.empty_like(self.h) if hvp else self.h.new_empty(0)  # R W
+        for c in self._chunks(1, fill=True):
+            if hvp:
+                self.pulled[c.rows] = _pull(c.residual * c.slope, self.weight)
+
+    def _chunks(self, k: int, fill: bool = False) -> Iterator[Chunk]:
+        step = max(16, LOGITS.get(self.h.device.type, 1 << 22) // (len(self.weight) * k))
+        for start in range(0, len(self.targets), step):
+            rows = slice(start, start + step)
+            h, y = self.h[rows], self.targets[rows, None]
+            slope: Tensor | float = 1.0
+            bend: Tensor | float = 0.0
+            if self.p is None or fill:
+                a = _project(h, self.weight)
+                if self.bias is not None:
+                    a += self.bias
+                if self.softcap is not None:
+                    t = torch.tanh(a / self.softcap)
+                    a, slope = self.softcap * t, 1 - t * t
+                    bend = -2 / self.softcap * t * slope
+                p = torch.log_softmax(a, 1)
+                if fill:
+                    self.logp[rows] = p.gather(1, y)[:, 0]
+                p = p.exp_()
+                if self.p is not None:
+                    self.p[rows] = p
+            else:
+                p = self.p[rows]
+            yield Chunk(rows, h, p, p.scatter_add(1, y, -torch.ones_like(y, dtype=p.dtype)),
+                        slope, bend)  # fmt: skip
+
+    def _tangent(
+        self, c: Chunk, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z_t, u and the variance of s z_t under p: [K, m, V], [K, m, V], [K, m]."""
+        z_t = _project(h_t[:, c.rows].to(self.h.dtype), self.weight)
+        moved = _moved(c.h, weight_t, bias_t)
+        if moved is not None:
+            z_t += moved
+        a_t = z_t * c.slope
+        a_t = a_t - (c.p * a_t).sum(-1, keepdim=True)
+        u = c.p * a_t
+        return z_t, u, (u * a_t).sum(-1)
+
+    def ggn(
+        self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None, first: Tensor
+    ) -> Found:
+        """sum_t first_t (diag p_t - p_t p_t^T) z_t, pulled back through the head; first `[n]`."""
+        out = self._zeros(h_t, weight_t, bias_t)
+        for c in self._chunks(h_t.shape[0]):
+            _, u, _ = self._tangent(c, h_t, weight_t, bias_t)
+            self._add(out, c, u * c.slope * first[c.rows, None])
+        return self._narrow(out)
+
+    def curvature(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+        """z_t^T (diag p - p p^T) z_t per direction and token, [K, n]."""
+        parts = [self._tangent(c, h_t, weight_t, bias_t)[2] for c in self._chunks(h_t.shape[0])]
+        return torch.cat(parts, 1) if parts else h_t.new_zeros(h_t.shape[:2])
+
+    def logp_t(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+        """[K, n]; for "hvp"."""
+        out = -(self.pulled * h_t.to(self.h.dtype)).sum(-1)
+        if weight_t is not None or bias_t is not None:
+            for c in self._chunks(h_t.shape[0]):
+                moved = _moved(c.h, weight_t, bias_t)
+                out[:, c.rows] -= (c.residual * c.slope * moved).sum(-1)
+        return out
+
+    def logp_tt(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
+        """Second derivative of logp along the line (h + e h_t, W + e W_t, b + e b_t), [K, n]."""
+        parts = [h_t.new_zeros(h_t.shape[0], 0, dtype=self.h.dtype)]
+        for c in self._chunks(h_t.shape[0]):
+            z_t, _, variance = self._tangent(c, h_t, weight_t, bias_t)
+            bent = z_t * z_t * c.bend
+            if weight_t is not None:
+                crossed = torch.stack(
+                    [
+                        _project(x[c.rows].to(self.h.dtype), w)
+                        for x, w in zip(h_t, weight_t, strict=True)
+                    ]
+                )
+                bent = bent + 2 * crossed * c.slope
+            parts.append(-(variance + (c.residual * bent).sum(-1)))
+        return torch.cat(parts, 1)
+
+    def hvp(
+        self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None,
+        first: Tensor, second: Tensor | None,
+    ) -> Found:  # fmt: skip
+        """Cotangents of the tangent of sum first_t d logp_t; `second [K, n]`: the tangent of
+        `first`, None for zero."""
+        out = self._zeros(h_t, weight_t, bias_t)
+        for c in self._chunks(h_t.shape[0]):
+            z_t, u, _ = self._tangent(c, h_t, weight_t, bias_t)
+            w = first[c.rows, None]
+            r = c.residual * c.slope
+            dz = (u * c.slope + z_t * c.residual * c.bend) * -w
+            if second is not None:
+                dz = dz - second[:, c.rows, None] * r
+            self._add(out, c, dz)
+            if weight_t is not None:
+                assert out.weight is not None
+                dz_t = -w * r
+                x_t = h_t[:, c.rows].to(self.h.dtype)
+                for k, each in enumerate(weight_t):
+                    out.h[k, c.rows] += _pull(dz_t, each)
+                    out.weight[k].addmm_(dz_t.T, x_t[k])
+        return self._narrow(out)
+
+    def _zeros(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Found:
+        zeros = [
+            None if t is None else torch.zeros_like(t, dtype=self.h.dtype)
+            for t in (h_t, weight_t, bias_t)
+        ]
+        assert zeros[0] is not None
+        return Found(zeros[0], zeros[1], zeros[2])
+
+    def _add(self, out: Found, c: Chunk, dz: Tensor) -> None:
+        out.h[:, c.rows] += _pull(dz, self.weight)
+        if out.weight is not None:
+            out.weight.baddbmm_(dz.mT, c.h.expand(dz.shape[0], *c.h.shape))
+        if out.bias is not None:
+            out.bias.add_(dz.sum(1))
+
+    def _narrow(self, out: Found) -> Found:
+        parts = [None if t is None else t.to(self.dtype) for t in out]
+        assert parts[0] is not None
+        return Found(parts[0], parts[1], parts[2])
+
+
+def _moved(h: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor | None:
+    """W_t h + b_t, [K, m, V]."""
+    out = None if bias_t is None else bias_t[:, None].to(h.dtype)
+    if weight_t is None:
+        return out
+    found = torch.stack([_project(h, w) for w in weight_t])
+    return found if out is None else found + out
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    step = len(weight) if weight.dtype == dtype else TILE
+    for v in range(0, len(weight), max(1, step)):
+        yield slice(v, v + step), weight[v : v + step].to(dtype)
+
+
+def _project(h: Tensor, weight: Tensor) -> Tensor:
+    """h W^T, [..., V]."""
+    parts = [h @ w.T for _, w in _tiles(weight, h.dtype)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _pull(g: Tensor, weight: Tensor) -> Tensor:
+    """g W, [..., d]."""
+    parts = [g[..., at] @ w for at, w in _tiles(weight, g.dtype)]
+    return sum(parts[1:], parts[0])
