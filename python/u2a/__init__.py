@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from u2a.curvature import GaussNewton, Hessian, Sum
     from u2a.dual import dual
     from u2a.linearize import linearize
+    from u2a.per_example import per_example_curvature
     from u2a.products import answer_logps, ggnvp, gradient, hvp, jvp_scores
     from u2a.scan import scan
     from u2a.select import select
@@ -36,6 +37,7 @@ _HOME = {
     "hvp": "products",
     "jvp_scores": "products",
     "linearize": "linearize",
+    "per_example_curvature": "per_example",
     "scan": "scan",
     "select": "select",
     "solve": "solve",
@@ -53,6 +55,7 @@ __all__ = [
     "hvp",
     "jvp_scores",
     "linearize",
+    "per_example_curvature",
     "scan",
     "select",
     "solve",

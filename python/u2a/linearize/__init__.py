@@ -72,6 +72,12 @@ class Linearized:
     def _now(self) -> list[tuple[int, int]]:
         return [(p.data_ptr(), p._version) for p in self._model.parameters()]
 
+    def _check(self) -> None:
+        if self._now() != self._versions:
+            raise RuntimeError(
+                "u2a.linearize: the parameters have changed since this was made; linearize again"
+            )
+
     @property
     def nbytes(self) -> int:
         """Bytes held between products, parameters not counted."""
@@ -90,10 +96,7 @@ class Linearized:
 
     def matmat(self, vs: Sequence[Mapping[str, Tensor]]) -> list[Tree]:
         """The products with several directions, up to 16 of them in one sweep."""
-        if self._now() != self._versions:
-            raise RuntimeError(
-                "u2a.linearize: the parameters have changed since this was made; linearize again"
-            )
+        self._check()
         out: list[Tree] = []
         for start in range(0, len(vs), TOGETHER):
             some = vs[start : start + TOGETHER]
@@ -110,14 +113,15 @@ class Linearized:
         """v^T A v of several directions; Gauss-Newton ones cost a forward sweep only."""
         out: list[float] = []
         for start in range(0, len(vs), TOGETHER):
-            rows = [r.double() for r in self._per_row(vs[start : start + TOGETHER])]
+            rows = [r.double() for r in self.row_quadratics(vs[start : start + TOGETHER])]
             out += sum(r.sum(1) for r in rows).tolist()  # type: ignore[union-attr]
         return out
 
     @torch.no_grad()
-    def _per_row(self, vs: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """What each row of each batch adds to v^T A v, [K, B] per batch. A loss in which rows
-        meet (none of the per-row kind does) has its cross terms at the row of the token."""
+    def row_quadratics(self, vs: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """What each row adds to v^T A v, one `[K, B]` per batch. Where rows meet in a scalar loss,
+        a mixed term counts for the row of its first factor."""
+        self._check()
         leaves, k = self._stacked(vs), len(vs)
         out = []
         for held, first in zip(self._held, self._first, strict=True):

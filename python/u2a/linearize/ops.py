@@ -24,7 +24,8 @@ Rows = Callable[..., Tensor]  # a function of dual rows [x; x_t]
 class Session:
     """What the handlers look at: the calls of the running batch in their order, the directions.
 
-    `k` directions of `rows` examples; `second [k, rows]` collects v^T H_i v where it is set.
+    `k` directions of `rows` examples; `second [k, rows]` collects v^T H_i v where it is set;
+    `owner`: the examples of rows that are out of order.
     """
 
     def __init__(self, mode: str, trainable: set[int]) -> None:
@@ -35,6 +36,7 @@ class Session:
         self.leaves: dict[int, Tensor] = {}
         self.root: Tensor | None = None
         self.second: Tensor | None = None
+        self.owner: Tensor | None = None
 
     @property
     def hvp(self) -> bool:
@@ -59,14 +61,14 @@ class Session:
         """K directions apart: [K, R, ...]."""
         return x.unflatten(0, (self.k, -1))
 
-    def add_second(self, parts: Tensor, owner: Tensor | None = None) -> None:
-        """parts `[K, R, ...]`, R a multiple of the examples, or R rows of the examples `owner`."""
+    def add_second(self, parts: Tensor) -> None:
+        """parts `[K, R, ...]`, R a multiple of the examples in their order, or as `owner` says."""
         if self.second is None:
             return
-        if owner is None:
+        if self.owner is None:
             self.second += parts.reshape(self.k, self.rows, -1).sum(-1)
         else:
-            self.second.index_add_(1, owner, parts.flatten(2).sum(-1).to(self.second))
+            self.second.index_add_(1, self.owner, parts.flatten(2).sum(-1).to(self.second))
 
 
 class Op:
@@ -110,7 +112,6 @@ class Linear(Op):
     """y = x W^T + b. `turned`: W is stored as [d_in, d_out]."""
 
     x: Tensor | None = None
-    owner: Tensor | None = None
 
     def __init__(
         self, session: Session, weight: Tensor, bias: Tensor | None, turned: bool = False
@@ -161,9 +162,9 @@ class Linear(Op):
 class Grouped(Linear):
     """A stack of weights [E, d_out, d_in], x `[M, d_in]` sorted into groups that end at `ends`."""
 
-    def __init__(self, session: Session, weight: Tensor, ends: Tensor, owner: Tensor) -> None:
+    def __init__(self, session: Session, weight: Tensor, ends: Tensor) -> None:
         super().__init__(session, weight, None)
-        self.ends, self.owner = ends, owner
+        self.ends = ends
 
     def _each(self, call: Rows, a: Tensor, w: Tensor) -> Tensor:
         """call(a[k], w[k]) of every k; a and w may lack the k."""
@@ -219,7 +220,7 @@ class _Linear(torch.autograd.Function):
             assert op.g is not None and w_t is not None
             turn = torch.zeros_like(op.session.split(x_t).flatten(1, -2))
             op.spread_pull(turn, op.g, w_t)
-            op.session.add_second(2 * turn * x_t.reshape(turn.shape), op.owner)
+            op.session.add_second(2 * turn * x_t.reshape(turn.shape))
         return y
 
     @staticmethod

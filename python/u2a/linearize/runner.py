@@ -120,7 +120,7 @@ class Runner:
                 if there:
                     module.__dict__[name] = before
             session.leaves, session.calls, session.root = {}, [], None
-            session.at = session.second = None
+            session.at = session.second = session.owner = None
             _open.discard(id(self.backbone))
 
     def record(self, batch: Batch, ref: Tensor | None) -> Held:

@@ -195,9 +195,11 @@ def experts(module: Any, session: Session) -> Attributes:
     def forward(h: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         token, back, ends, owner = session.run(lambda: Constant(session, plan), chosen)
         x = session.split(h)[:, token].flatten(0, 1)
-        both = session.run(lambda: Grouped(session, module.gate_up_proj, ends, owner), x)
+        session.owner = owner
+        both = session.run(lambda: Grouped(session, module.gate_up_proj, ends), x)
         inner = _gated(session, module.act_fn, *both.chunk(2, dim=-1))
-        y = session.run(lambda: Grouped(session, module.down_proj, ends, owner), inner)
+        y = session.run(lambda: Grouped(session, module.down_proj, ends), inner)
+        session.owner = None
         y = session.split(y)[:, back].reshape(h.shape[0], scores.shape[1], -1)
         return _product(session, y, scores[..., None].expand_as(y)).sum(1).to(h.dtype)
 
