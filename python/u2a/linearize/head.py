@@ -22,10 +22,14 @@ TILE = 8192  # rows of a narrow weight that are widened at once
 class Chunk(NamedTuple):
     rows: slice
     h: Tensor
+    y: Tensor
     p: Tensor
-    residual: Tensor  # p - one-hot
-    slope: Tensor | float
-    bend: Tensor | float
+    slope: Tensor | None  # None: 1, and no bend
+    bend: Tensor | None
+
+    def residual(self) -> Tensor:
+        """p - one-hot."""
+        return self.p.scatter_add(1, self.y, -torch.ones_like(self.y, dtype=self.p.dtype))
 
 
 class Found(NamedTuple):
@@ -53,15 +57,14 @@ class Head:
         self.pulled = torch.empty_like(self.h) if hvp else self.h.new_empty(0)  # R W
         for c in self._chunks(1, fill=True):
             if hvp:
-                self.pulled[c.rows] = _pull(c.residual * c.slope, self.weight)
+                self.pulled[c.rows] = _pull(_times(c.residual(), c.slope), self.weight)
 
     def _chunks(self, k: int, fill: bool = False) -> Iterator[Chunk]:
         step = max(16, LOGITS.get(self.h.device.type, 1 << 22) // (len(self.weight) * k))
         for start in range(0, len(self.targets), step):
             rows = slice(start, start + step)
             h, y = self.h[rows], self.targets[rows, None]
-            slope: Tensor | float = 1.0
-            bend: Tensor | float = 0.0
+            slope = bend = None
             if self.p is None or fill:
                 a = _project(h, self.weight)
                 if self.bias is not None:
@@ -78,21 +81,20 @@ class Head:
                     self.p[rows] = p
             else:
                 p = self.p[rows]
-            yield Chunk(rows, h, p, p.scatter_add(1, y, -torch.ones_like(y, dtype=p.dtype)),
-                        slope, bend)  # fmt: skip
+            yield Chunk(rows, h, y, p, slope, bend)
 
     def _tangent(
         self, c: Chunk, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z_t, u and the variance of s z_t under p: [K, m, V], [K, m, V], [K, m]."""
+        """z_t, s z_t less that of the target (in place of z_t without a cap), u: [K, m, V]."""
         z_t = _project(h_t[:, c.rows].to(self.h.dtype), self.weight)
         moved = _moved(c.h, weight_t, bias_t)
         if moved is not None:
             z_t += moved
-        a_t = z_t * c.slope
-        a_t = a_t - (c.p * a_t).sum(-1, keepdim=True)
-        u = c.p * a_t
-        return z_t, u, (u * a_t).sum(-1)
+        a_t = _times(z_t, c.slope)
+        a_t -= a_t.gather(-1, c.y.expand(a_t.shape[0], *c.y.shape))
+        u = a_t * c.p
+        return z_t, a_t, u.addcmul_(c.p, u.sum(-1, keepdim=True), value=-1)
 
     def ggn(
         self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None, first: Tensor
@@ -100,14 +102,17 @@ class Head:
         """sum_t first_t (diag p_t - p_t p_t^T) z_t, pulled back through the head; first `[n]`."""
         out = self._zeros(h_t, weight_t, bias_t)
         for c in self._chunks(h_t.shape[0]):
-            _, u, _ = self._tangent(c, h_t, weight_t, bias_t)
-            self._add(out, c, u * c.slope * first[c.rows, None])
+            _, _, u = self._tangent(c, h_t, weight_t, bias_t)
+            self._add(out, c, _times(u, c.slope), first[c.rows, None])
         return self._narrow(out)
 
     def curvature(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         """z_t^T (diag p - p p^T) z_t per direction and token, [K, n]."""
-        parts = [self._tangent(c, h_t, weight_t, bias_t)[2] for c in self._chunks(h_t.shape[0])]
-        return torch.cat(parts, 1) if parts else h_t.new_zeros(h_t.shape[:2])
+        parts = [h_t.new_zeros(h_t.shape[0], 0, dtype=self.h.dtype)]
+        for c in self._chunks(h_t.shape[0]):
+            _, a_t, u = self._tangent(c, h_t, weight_t, bias_t)
+            parts.append((a_t * u).sum(-1))
+        return torch.cat(parts, 1)
 
     def logp_t(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         """[K, n]; for "hvp"."""
@@ -115,24 +120,22 @@ class Head:
         if weight_t is not None or bias_t is not None:
             for c in self._chunks(h_t.shape[0]):
                 moved = _moved(c.h, weight_t, bias_t)
-                out[:, c.rows] -= (c.residual * c.slope * moved).sum(-1)
+                out[:, c.rows] -= (_times(c.residual(), c.slope) * moved).sum(-1)
         return out
 
     def logp_tt(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         """Second derivative of logp along the line (h + e h_t, W + e W_t, b + e b_t), [K, n]."""
         parts = [h_t.new_zeros(h_t.shape[0], 0, dtype=self.h.dtype)]
         for c in self._chunks(h_t.shape[0]):
-            z_t, _, variance = self._tangent(c, h_t, weight_t, bias_t)
-            bent = z_t * z_t * c.bend
+            z_t, a_t, u = self._tangent(c, h_t, weight_t, bias_t)
+            total = (a_t * u).sum(-1)
+            if c.bend is not None:
+                total += (z_t * z_t * c.bend * c.residual()).sum(-1)
             if weight_t is not None:
-                crossed = torch.stack(
-                    [
-                        _project(x[c.rows].to(self.h.dtype), w)
-                        for x, w in zip(h_t, weight_t, strict=True)
-                    ]
-                )
-                bent = bent + 2 * crossed * c.slope
-            parts.append(-(variance + (c.residual * bent).sum(-1)))
+                pairs = zip(h_t[:, c.rows].to(self.h.dtype), weight_t, strict=True)
+                crossed = torch.stack([_project(x, w) for x, w in pairs])
+                total += 2 * (crossed * _times(c.residual(), c.slope)).sum(-1)
+            parts.append(-total)
         return torch.cat(parts, 1)
 
     def hvp(
@@ -142,18 +145,24 @@ class Head:
         """Cotangents of the tangent of sum first_t d logp_t; `second [K, n]`: the tangent of
         `first`, None for zero."""
         out = self._zeros(h_t, weight_t, bias_t)
+        if second is not None and weight_t is None and bias_t is None:
+            out.h.sub_(second[..., None] * self.pulled)
+            second = None
         for c in self._chunks(h_t.shape[0]):
-            z_t, u, _ = self._tangent(c, h_t, weight_t, bias_t)
-            w = first[c.rows, None]
-            r = c.residual * c.slope
-            dz = (u * c.slope + z_t * c.residual * c.bend) * -w
+            z_t, _, u = self._tangent(c, h_t, weight_t, bias_t)
+            w = -first[c.rows, None]
+            dz = _times(u, c.slope)
+            if c.bend is not None:
+                dz = dz + z_t * c.bend * c.residual()
+            self._add(out, c, dz, w)
+            if second is None and weight_t is None:
+                continue
+            r = _times(c.residual(), c.slope)
             if second is not None:
-                dz = dz - second[:, c.rows, None] * r
-            self._add(out, c, dz)
+                self._add(out, c, r * -second[:, c.rows, None], None)
             if weight_t is not None:
                 assert out.weight is not None
-                dz_t = -w * r
-                x_t = h_t[:, c.rows].to(self.h.dtype)
+                dz_t, x_t = w * r, h_t[:, c.rows].to(self.h.dtype)
                 for k, each in enumerate(weight_t):
                     out.h[k, c.rows] += _pull(dz_t, each)
                     out.weight[k].addmm_(dz_t.T, x_t[k])
@@ -167,17 +176,25 @@ class Head:
         assert zeros[0] is not None
         return Found(zeros[0], zeros[1], zeros[2])
 
-    def _add(self, out: Found, c: Chunk, dz: Tensor) -> None:
-        out.h[:, c.rows] += _pull(dz, self.weight)
+    def _add(self, out: Found, c: Chunk, dz: Tensor, scale: Tensor | None) -> None:
+        """What scale * dz `[K, m, V]` pulls back to; scale `[m, 1]`, put on the short sides."""
+        pulled = _pull(dz, self.weight)
+        out.h[:, c.rows] += pulled if scale is None else pulled * scale
         if out.weight is not None:
-            out.weight.baddbmm_(dz.mT, c.h.expand(dz.shape[0], *c.h.shape))
+            h = c.h if scale is None else c.h * scale
+            out.weight.baddbmm_(dz.mT, h.expand(dz.shape[0], *h.shape))
         if out.bias is not None:
-            out.bias.add_(dz.sum(1))
+            ones = dz.new_ones(dz.shape[1], 1) if scale is None else scale
+            out.bias.add_((dz.mT @ ones)[..., 0])
 
     def _narrow(self, out: Found) -> Found:
         parts = [None if t is None else t.to(self.dtype) for t in out]
         assert parts[0] is not None
         return Found(parts[0], parts[1], parts[2])
+
+
+def _times(x: Tensor, slope: Tensor | None) -> Tensor:
+    return x if slope is None else x * slope
 
 
 def _moved(h: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor | None:
