@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from u2a.bilevel import bilevel
-    from u2a.curvature import GaussNewton, Hessian, Sum
+    from u2a.curvature import GaussNewton, Hessian, Sum, symmetry
     from u2a.dual import dual
     from u2a.linearize import linearize
     from u2a.per_example import per_example_curvature
@@ -41,6 +41,7 @@ _HOME = {
     "scan": "scan",
     "select": "select",
     "solve": "solve",
+    "symmetry": "curvature",
 }
 __all__ = [
     "GaussNewton",
@@ -59,6 +60,7 @@ __all__ = [
     "scan",
     "select",
     "solve",
+    "symmetry",
 ]
 
 

@@ -9,6 +9,7 @@ from u2a.curvature.features import Diagonal, Features, row_features
 from u2a.curvature.kfac import EKFAC, KFAC, fisher_diagonal
 from u2a.curvature.lanczos import Spectrum, lanczos
 from u2a.curvature.model import EmpiricalFisher, GaussNewton, Hessian, Stream
+from u2a.curvature.symmetry import symmetry
 
 __all__ = [
     "EKFAC",
@@ -29,5 +30,6 @@ __all__ = [
     "fisher_diagonal",
     "lanczos",
     "row_features",
+    "symmetry",
     "undamped",
 ]
