@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps
+from u2a.linearize.head import Parts
+from u2a.linearize.ops import Sink
 from u2a.linearize.runner import Held, Runner
 from u2a.products import Batches, Loss, Refs, _sequence, _weighted, with_refs
 from u2a.tree import Tree, trainable, zeros_like
@@ -157,7 +159,20 @@ class Linearized:
             for name, p in self.like.items()
         }
 
-    def _product(self, held: Held, first: Tensor, directions: Tree, k: int) -> Tree:
+    def deliver(self, v: Mapping[str, Tensor], sinks: Sequence[tuple[Sink, Parts]]) -> None:
+        """The product with v, batch by batch, as parts to a batch's sinks (layers, head)."""
+        self._check()
+        leaves, session = self._stacked([v]), self._runner.session
+        for held, first, (sink, parts) in zip(self._held, self._first, sinks, strict=True):
+            session.sink = sink
+            try:
+                self._product(held, first, leaves, 1, parts)
+            finally:
+                session.sink = None
+
+    def _product(
+        self, held: Held, first: Tensor, directions: Tree, k: int, parts: Parts | None = None
+    ) -> Tree:
         """{name: [K, *shape]}."""
         with torch.enable_grad():
             leaves = {n: t.detach().requires_grad_() for n, t in directions.items()}
@@ -168,7 +183,7 @@ class Linearized:
                 found = held.head.ggn(*tangents, first.abs())
             else:
                 _, second = _derivatives(self._part, held.lp, held.head.logp_t(*tangents))
-                found = held.head.hvp(*tangents, first, second)
+                found = held.head.hvp(*tangents, first, second, parts)
         ends = [(s.h_t, found.h), (s.weight_t, found.weight), (s.bias_t, found.bias)]
         live = [(a, g) for a, g in ends if a is not None and a.requires_grad]
         grads = torch.autograd.grad(

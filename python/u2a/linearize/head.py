@@ -8,7 +8,7 @@ p is held where all of it fits `HELD` numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,10 @@ class Found(NamedTuple):
     h: Tensor
     weight: Tensor | None
     bias: Tensor | None
+
+
+# (tokens, their x `[m, d]`, g `[m, V]`, whether x is a tangent and has no part in the bias)
+Parts = Callable[[slice, Tensor, Tensor, bool], None]
 
 
 class Head:
@@ -140,10 +144,10 @@ class Head:
 
     def hvp(
         self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None,
-        first: Tensor, second: Tensor | None,
+        first: Tensor, second: Tensor | None, parts: Parts | None = None,
     ) -> Found:  # fmt: skip
         """Cotangents of the tangent of sum first_t d logp_t; `second [K, n]`: the tangent of
-        `first`, None for zero."""
+        `first`, None for zero. With `parts`, of one direction, the weight's and bias's go there."""
         out = self._zeros(h_t, weight_t, bias_t)
         if second is not None and weight_t is None and bias_t is None:
             out.h.sub_(second[..., None] * self.pulled)
@@ -154,18 +158,20 @@ class Head:
             dz = _times(u, c.slope)
             if c.bend is not None:
                 dz = dz + z_t * c.bend * c.residual()
-            self._add(out, c, dz, w)
+            self._add(out, c, dz, w, parts)
             if second is None and weight_t is None:
                 continue
             r = _times(c.residual(), c.slope)
             if second is not None:
-                self._add(out, c, r * -second[:, c.rows, None], None)
+                self._add(out, c, r * -second[:, c.rows, None], None, parts)
             if weight_t is not None:
-                assert out.weight is not None
                 dz_t, x_t = w * r, h_t[:, c.rows].to(self.h.dtype)
                 for k, each in enumerate(weight_t):
                     out.h[k, c.rows] += _pull(dz_t, each)
-                    out.weight[k].addmm_(dz_t.T, x_t[k])
+                    if parts is not None:
+                        parts(c.rows, x_t[k], dz_t, True)
+                    elif out.weight is not None:
+                        out.weight[k].addmm_(dz_t.T, x_t[k])
         return self._narrow(out)
 
     def _zeros(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Found:
@@ -176,10 +182,14 @@ class Head:
         assert zeros[0] is not None
         return Found(zeros[0], zeros[1], zeros[2])
 
-    def _add(self, out: Found, c: Chunk, dz: Tensor, scale: Tensor | None) -> None:
+    def _add(
+        self, out: Found, c: Chunk, dz: Tensor, scale: Tensor | None, parts: Parts | None = None
+    ) -> None:
         """What scale * dz `[K, m, V]` pulls back to; scale `[m, 1]`, put on the short sides."""
         pulled = _pull(dz, self.weight)
         out.h[:, c.rows] += pulled if scale is None else pulled * scale
+        if parts is not None:
+            return parts(c.rows, c.h, dz[0] if scale is None else dz[0] * scale, False)
         if out.weight is not None:
             h = c.h if scale is None else c.h * scale
             out.weight.baddbmm_(dz.mT, h.expand(dz.shape[0], *h.shape))

@@ -10,7 +10,7 @@ gradient (Pearlmutter, Neural Computation 6, 1994).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ from torch.nn import functional as F
 from u2a.grouped import grouped
 
 Rows = Callable[..., Tensor]  # a function of dual rows [x; x_t]
+
+
+class Sink(Protocol):
+    """Takes the parts of each parameter's product instead of their sum over the examples; with one
+    direction. x `[M, d_in]`, g `[M, d_out]`, an example's rows together."""
+
+    def outer(self, p: Tensor, x: Tensor, g: Tensor) -> None:
+        """sum_t g_t x_t^T, seen as [d_out, d_in]."""
+
+    def grouped(self, p: Tensor, x: Tensor, g: Tensor, ends: Tensor, owner: Tensor) -> None:
+        """The same in groups that end at `ends`, rows of the examples `owner`."""
+
+    def rows(self, p: Tensor, g: Tensor) -> None:
+        """sum_t g_t."""
+
+    def lookup(self, p: Tensor, ids: Tensor, g: Tensor, padding_idx: int | None) -> None:
+        """sum_t e_id g_t^T."""
 
 
 class Session:
@@ -37,6 +54,7 @@ class Session:
         self.root: Tensor | None = None
         self.second: Tensor | None = None
         self.owner: Tensor | None = None
+        self.sink: Sink | None = None
 
     @property
     def hvp(self) -> bool:
@@ -158,13 +176,20 @@ class Linear(Op):
         """sum_t g[k, t] x[k, t]^T."""
         return g.mT @ x
 
+    def deliver(self, sink: Sink, x: Tensor, g: Tensor) -> None:
+        sink.outer(self.weight, x, g)
+
 
 class Grouped(Linear):
     """A stack of weights [E, d_out, d_in], x `[M, d_in]` sorted into groups that end at `ends`."""
 
     def __init__(self, session: Session, weight: Tensor, ends: Tensor) -> None:
         super().__init__(session, weight, None)
-        self.ends = ends
+        self.ends, self.owner = ends, session.owner
+
+    def deliver(self, sink: Sink, x: Tensor, g: Tensor) -> None:
+        assert self.owner is not None
+        sink.grouped(self.weight, x, g, self.ends, self.owner)
 
     def _each(self, call: Rows, a: Tensor, w: Tensor) -> Tensor:
         """call(a[k], w[k]) of every k; a and w may lack the k."""
@@ -234,11 +259,17 @@ class _Linear(torch.autograd.Function):
             gx = op.pull(gy.contiguous(), op.w)
             if ctx.second:
                 op.spread_pull(split(gx).flatten(1, -2), op.g, w_t)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and op.session.sink is not None:
+            op.deliver(op.session.sink, op.x, flat[0])
+            if ctx.second:
+                op.deliver(op.session.sink, x_t.flatten(0, -2), op.g)
+        elif ctx.needs_input_grad[2]:
             gw = op.outer(flat, op.x)
             if ctx.second:
                 gw += op.outer(op.g, split(x_t).flatten(1, -2))
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and op.session.sink is not None:
+            op.session.sink.rows(op.bias, flat[0])
+        elif ctx.needs_input_grad[3]:
             gb = flat.sum(1)
         return None, gx, gw, gb
 
@@ -265,6 +296,11 @@ class Embedding(Op):
             return self.weight.new_zeros(k * self.ids.shape[0], *self.ids.shape[1:],
                                          self.weight.shape[1])  # fmt: skip
         e_t = torch.cat([F.embedding(self.ids, w, self.padding_idx) for w in w_t])
+        sink = self.session.sink
+        if sink is not None and e_t.requires_grad:
+            e_t.register_hook(
+                lambda g: sink.lookup(self.weight, self.ids, g.flatten(0, -2), self.padding_idx)
+            )
         if self.padding_idx is not None:
             hidden = (self.ids == self.padding_idx)[..., None]
             e_t = e_t.masked_fill(hidden.repeat(k, *[1] * self.ids.ndim), 0.0)
@@ -397,6 +433,13 @@ class Norm(Op):
         y_t: Tensor = _Norm.apply(self, x_t, w_t, b_t)
         return y_t
 
+    def summed(self, p: Tensor, parts: Tensor) -> Tensor | None:
+        """[K, d], unless a sink takes the parts."""
+        if self.session.sink is None:
+            return parts.flatten(1, -2).sum(1).to(p.dtype)
+        self.session.sink.rows(p, parts.flatten(0, -2))
+        return None
+
     def bent(self, x: Tensor) -> Tensor:
         """g on the second derivative in x, times x: [K, R, ..., d]."""
         turn = _mean(self.n * x) * self.u + self.c * self.project(x) + self.n * _mean(x * self.u)
@@ -438,9 +481,9 @@ class _Norm(torch.autograd.Function):
             full = gy * op.n
             if x is not None:
                 full = full + op.g * (op.project(x) * op.r)
-            gw = full.flatten(1, -2).sum(1).to(op.weight.dtype)
+            gw = op.summed(op.weight, full)
         if ctx.needs_input_grad[3]:
-            gb = gy.flatten(1, -2).sum(1).to(op.bias.dtype)
+            gb = op.summed(op.bias, gy)
         return None, gx, gw, gb
 
 
