@@ -11,6 +11,7 @@ from u2a.curvature import EmpiricalFisher, GaussNewton, Hessian
 from u2a.dual import dual
 from u2a.dual_modules import UnsupportedModel
 from u2a.dual_table import TABLE
+from u2a.linearize import attention as attention_module
 from u2a.linearize import head as head_module
 from u2a.linearize import linearize
 from u2a.linearize.table import TWINS
@@ -57,6 +58,27 @@ def test_a_head_in_pieces(family, mode, monkeypatch):
     lin = linearize(model, batches, npo, ref=REF, mode=mode)
     for got, v in zip(lin.matmat(vs), vs, strict=True):
         assert relative(got, STACKED[mode](model, batches, npo, v, ref=REF)) < ROUNDING
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "gpt2"])
+@pytest.mark.parametrize("held", [True, False], ids=["held", "stacked"])
+def test_attention_in_pieces(family, held, monkeypatch):
+    """Two queries and one key head at a time; and the dual kernel where P is not held."""
+    model, batches = make(family), two_batches()
+    monkeypatch.setattr(attention_module, "QUERIES", 2)
+    monkeypatch.setattr(attention_module, "SCORES", 1)
+    if not held:
+        monkeypatch.setattr(attention_module, "HELD", 0)
+    vs = [direction(model, s) for s in (1, 2)]
+    for mode, stacked in STACKED.items():
+        lin = linearize(model, batches, npo, ref=REF, mode=mode)
+        kinds = {type(op) for h in lin._held for op in h.calls}
+        assert (attention_module.Attention in kinds) == held
+        for got, v in zip(lin.matmat(vs), vs, strict=True):
+            assert relative(got, stacked(model, batches, npo, v, ref=REF)) < ROUNDING
+        assert lin.quadratics(vs[:1])[0] == pytest.approx(
+            dot(vs[0], lin.matvec(vs[0])).item(), rel=1e-9
+        )
 
 
 def test_every_module_kind_of_the_dual_table_has_a_sweep():

@@ -6,10 +6,10 @@ interface (`u2a.curvature.base.Curvature`); `u2a.solve` takes any of them.
 
 from u2a.curvature.base import Curvature, Damped, Operator, Sum, as_scipy, dense, undamped
 from u2a.curvature.features import Diagonal, Features, row_features
+from u2a.curvature.gauge import symmetry
 from u2a.curvature.kfac import EKFAC, KFAC, fisher_diagonal
 from u2a.curvature.lanczos import Spectrum, lanczos
 from u2a.curvature.model import EmpiricalFisher, GaussNewton, Hessian, Stream
-from u2a.curvature.symmetry import symmetry
 
 __all__ = [
     "EKFAC",

@@ -14,7 +14,7 @@ from torch import nn
 from u2a.batch import Batch, collate
 from u2a.config import Config
 from u2a.curvature import GaussNewton, Hessian, symmetry
-from u2a.curvature.symmetry import limit_of
+from u2a.curvature.gauge import limit_of
 from u2a.doctor import Check, guarded, measured, passed
 from u2a.doctor.layer import LIMIT, batch_of, build, compare, loss
 from u2a.errors import ConfigError, DataError, GuardError
@@ -64,7 +64,7 @@ class Subject:
             return filled(self.work.model)
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(
+        base: Any = AutoModelForCausalLM.from_pretrained(
             self.name, use_safetensors=True, dtype="auto", **self.options
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps
 from u2a.linearize.head import Parts
-from u2a.linearize.ops import Sink
 from u2a.linearize.runner import Held, Runner
+from u2a.linearize.session import Sink
 from u2a.products import Batches, Loss, Refs, _sequence, _weighted, with_refs
 from u2a.tree import Tree, trainable, zeros_like
 

@@ -76,7 +76,7 @@ class Head:
                 if self.softcap is not None:
                     t = torch.tanh(a / self.softcap)
                     a, slope = self.softcap * t, 1 - t * t
-                    bend = -2 / self.softcap * t * slope
+                    bend = t * slope * (-2 / self.softcap)
                 p = torch.log_softmax(a, 1)
                 if fill:
                     self.logp[rows] = p.gather(1, y)[:, 0]

@@ -16,7 +16,7 @@ from u2a.batch import AnswerLogps, Batch
 from u2a.dual import _mask, _open, _survey, final_softcap, parts
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
 from u2a.linearize.head import Head
-from u2a.linearize.ops import Op, Session
+from u2a.linearize.session import Op, Session
 from u2a.linearize.table import NAME, attend, twin
 from u2a.logps import _like, _moved
 

@@ -7,7 +7,6 @@ needs nothing. `TWINS` has a handler for each dual handler that sets a forward.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +15,11 @@ from torch import Tensor, nn
 from u2a import dual_mlp, dual_modules, dual_moe
 from u2a.dual_modules import Refused, Site, path
 from u2a.dual_table import TABLE
-from u2a.linearize.ops import (
-    Constant,
-    Embedding,
-    Grouped,
-    Linear,
-    Norm,
-    Pointwise,
-    Session,
-    Stacked,
-)
-from u2a_kernels import dual_attention, dual_swiglu
+from u2a.linearize.attention import make_attention
+from u2a.linearize.linear import Embedding, Grouped, Linear
+from u2a.linearize.nonlinear import Norm, Pointwise, Stacked
+from u2a.linearize.session import Constant, Session
+from u2a_kernels import dual_swiglu
 
 NAME = "u2a_linearize"
 Attributes = dict[str, Any]
@@ -153,10 +146,11 @@ def attend(
         raise RuntimeError(
             f"{NAME}: this attention answers only inside u2a.linearize, without mask and dropout"
         )
-    fn = partial(
-        dual_attention, scale=scaling, window=sliding_window, softcap=softcap, mode=session.mode
-    )
-    out = session.run(lambda: Stacked(session, fn), query, key, value)
+
+    def make() -> Stacked:
+        return make_attention(session, query, key, scaling, sliding_window, softcap)
+
+    out = session.run(make, query, key, value)
     return out.transpose(1, 2), None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a.curvature.symmetry import fault, gauge, limit_of
+from u2a.curvature.gauge import fault, gauge, limit_of
 from u2a.errors import GuardError
 from u2a.solve.damping import mean_of
 from u2a.solve.system import Found, State, System
