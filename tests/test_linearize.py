@@ -49,11 +49,11 @@ def test_against_double_backward():
 @pytest.mark.parametrize("family", ["llama-tied", "phi"])
 @pytest.mark.parametrize("mode", ["ggn", "hvp"])
 def test_a_head_in_pieces(family, mode, monkeypatch):
-    """No probabilities held, 16 tokens at a time; seven directions in sweeps of four."""
+    """No probabilities held, 16 tokens at a time; seven directions in sweeps of three."""
     model, batches = make(family), two_batches()
     monkeypatch.setattr(head_module, "HELD", 0)
     monkeypatch.setitem(head_module.LOGITS, "cpu", 1)
-    monkeypatch.setattr(sys.modules["u2a.linearize"], "TOGETHER", 4)
+    monkeypatch.setitem(sys.modules["u2a.linearize"].TOGETHER, "cpu", 3)
     vs = [direction(model, s) for s in range(7)]
     lin = linearize(model, batches, npo, ref=REF, mode=mode)
     for got, v in zip(lin.matmat(vs), vs, strict=True):

@@ -121,10 +121,12 @@ class Head:
     def logp_t(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:
         """[K, n]; for "hvp"."""
         out = -(self.pulled * h_t.to(self.h.dtype)).sum(-1)
-        if weight_t is not None or bias_t is not None:
-            for c in self._chunks(h_t.shape[0]):
-                moved = _moved(c.h, weight_t, bias_t)
-                out[:, c.rows] -= (_times(c.residual(), c.slope) * moved).sum(-1)
+        if weight_t is None and bias_t is None:
+            return out
+        for c in self._chunks(h_t.shape[0]):
+            moved = _moved(c.h, weight_t, bias_t)
+            assert moved is not None
+            out[:, c.rows] -= (_times(c.residual(), c.slope) * moved).sum(-1)
         return out
 
     def logp_tt(self, h_t: Tensor, weight_t: Tensor | None, bias_t: Tensor | None) -> Tensor:

@@ -167,7 +167,7 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(*((x_t, w_t) if ctx.second else ()))
         if ctx.second and op.session.second is not None:
             op.session.add_second(x * op.bent(x))
-            if w_t is not None:
+            if w_t is not None and op.g is not None:
                 op.session.add_second(2 * unit * _row(w_t, x) * op.g)
         return y.to(op.dtype).flatten(0, 1)
 
