@@ -2,6 +2,8 @@
 
 `gemms` is the time over that of one h W^T. Scoring takes 1 product and a frozen head 2, as in
 plain torch; a full gradient takes 4, making logits again, where plain torch keeps them and takes 3.
+On a GPU Liger-Kernel's and cut-cross-entropy's losses run beside it, where installed; a name that
+is absent is printed.
 `python benchmarks/bench_linear_logp.py [threads]` prints interleaved medians.
 """
 
@@ -45,10 +47,36 @@ class Reference(torch.autograd.Function):
         return grad[:, None] * unit, dw, None
 
 
+def liger():
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")  # its gradients know one scalar only
+    return lambda h, weight, targets: -loss(weight, h, targets)
+
+
+def cut_cross_entropy():
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda h, weight, targets: -linear_cross_entropy(h, weight, targets, reduction="none")
+
+
+def peers():
+    """Losses of other packages, which need a GPU; absent ones are named."""
+    found, absent = {}, []
+    for make_one in (liger, cut_cross_entropy) if DEVICE == "cuda" else ():
+        try:
+            found[make_one.__name__] = make_one()
+        except ImportError as why:
+            absent.append(f"{make_one.__name__}: {why}")
+    return found, absent
+
+
+PEERS, ABSENT = peers()
 IMPLEMENTATIONS = {
     "u2a": u2a_kernels.linear_logp,
     "torch": plain,
     "reference": Reference.apply,
+    **PEERS,
 }
 
 
@@ -91,6 +119,8 @@ def test_linear_logp(benchmark, name, mode, shape):
 
 def table(rounds=7):
     print(f"{torch.get_num_threads()} thread(s), {DEVICE}, {DTYPE}; seconds (gemms, peak MB)")
+    for name in ABSENT:
+        print(f"absent: {name}")
     for shape in SHAPES:
         for mode in MODES:
             args = make(*shape)

@@ -8,7 +8,7 @@ python=${1:-python3}
 stages=" ${*:2} "
 [ "$stages" = "  " ] && stages=" build test sanitize bench "
 wanted() { [[ $stages == *" $1 "* ]]; }
-bench=${BENCH:-bench_grad_*.py bench_index.py bench_linear_logp.py bench_dual_attention.py bench_scan.py}
+bench=${BENCH:-bench_grad_*.py bench_index.py bench_linear_logp.py bench_dual_*.py bench_scan.py}
 unset TRITON_INTERPRET
 export U2A_BUILD=${U2A_BUILD:-cuda}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}

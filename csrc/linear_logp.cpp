@@ -6,25 +6,14 @@
 #include <optional>
 #include <tuple>
 
-#include "common.h"
 #include "linear_logp_simd.h"
+#include "loss_head.h"
 
 namespace {
 
 using namespace u2a;
 using OptTensor = std::optional<Tensor>;
-constexpr int64_t kIgnore = -100, kTileElements = 1 << 19, kTileRows = 1024, kGrain = 16;
-
-Tensor index_rows(const Tensor& t, const std::vector<int64_t>& index) {
-  Tensor i = new_tensor(t, {static_cast<int64_t>(index.size())}, ScalarType::Long);
-  std::copy(index.begin(), index.end(), i.mutable_data_ptr<int64_t>());
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
-                                    torch::stable::detail::from(int64_t{0}),
-                                    torch::stable::detail::from(i)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
+constexpr int64_t kTileElements = 1 << 19, kTileRows = 1024, kGrain = 16;
 
 // The rows that have a target, and what every pass over the tiles needs.
 template <typename T>
@@ -42,15 +31,7 @@ struct Problem {
         all_h.size(1) == d && targets.size(0) == all_h.size(0) &&
             targets.scalar_type() == ScalarType::Long && (!b || b->size(0) == v),
         "linear_logp: h [N, d], weight [V, d], int64 targets [N] and bias [V] disagree");
-    Tensor t = torch::stable::contiguous(targets);
-    const int64_t* p = t.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < t.size(0); ++i) {
-      if (p[i] == kIgnore) continue;
-      STD_TORCH_CHECK(p[i] >= 0 && p[i] < v, "linear_logp: targets must be -100 or in [0, V = ", v,
-                      "), got ", p[i], " at row ", i);
-      row.push_back(i);
-      target.push_back(p[i]);
-    }
+    used_rows("linear_logp", targets, v, row, target);
     m = static_cast<int64_t>(row.size());
     h = prepared(m == all_h.size(0) ? all_h : index_rows(all_h, row), type);
     if (b) bias = prepared(*b, type);
@@ -79,14 +60,6 @@ void for_each_tile(const Problem<T>& p, const Tensor& weight, F each) {
       each(c0, w, r0, block);
     }
   }
-}
-
-// Local target columns of rows [lo, hi), for a tile that starts at column c0.
-inline std::vector<int64_t> local(const std::vector<int64_t>& target, int64_t lo, int64_t hi,
-                                  int64_t c0) {
-  std::vector<int64_t> out(target.begin() + lo, target.begin() + hi);
-  for (int64_t& t : out) t -= c0;
-  return out;
 }
 
 // acc becomes dlogp/dh = (slope W[target] - acc / sum) / temperature, in rows of the result.

@@ -2,15 +2,9 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "logits.h"
 
 namespace u2a {
-
-// z = (cap tanh((h w + bias) / cap)) / temperature; cap 0: no softcap, bias null: none.
-template <typename T>
-struct LogitMap {
-  const T* bias;
-  T cap, temperature;
-};
 
 // Online softmax state of one row; y and slope belong to the target: its logit and the
 // softcap's derivative there.

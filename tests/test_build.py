@@ -38,7 +38,7 @@ for case in all_cases():
     print(case)
 """
 NO_CPP = "{who['CPU'] for who in served.values()} == {'reference'}"
-NO_TRITON = "all(who['CUDA'] in ('reference', 'CUDA') for who in served.values())"
+NO_TRITON = "all(who['CUDA'] in ('reference', 'CUDA', 'cuBLAS') for who in served.values())"
 
 
 def python(code: str, *paths: Path, **variables: str) -> str:
@@ -57,7 +57,8 @@ def answers(served: str, blocked: set[str], *paths: Path) -> None:
     where, editable = str(paths[0] if paths else ""), not paths
     code = ANSWERS.format(blocked=blocked, served=served, where=where, editable=editable)
     out = python(code, *paths)
-    assert len(out.split()) >= len(u2a_kernels.__all__) - 1  # some op may share another's case
+    shared = 6  # five named activations have the cases of dual_glu, some op may have another's
+    assert len(out.split()) >= len(u2a_kernels.__all__) - shared
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_config_faults_exit_2_with_the_nearest_name(tmp_path):
     assert out.stderr.splitlines() == [
         f"u2a: {path}: 3 faults",
         "  data: missing, wanted a section (forget, pa, retain, retain_test, validation, test, "
-        "holdout, max_tokens, template, disjoint)",
+        "alternates, holdout, max_tokens, template, disjoint)",
         "  lora.rank: unknown key, wanted one of r, alpha, targets, train, nearest 'train'",
         "  unlern: unknown key, wanted one of schema, model, data, lora, objective, solve, select, "
         "unlearn, guard, validate, eval, log, run, nearest 'unlearn'",

@@ -1,5 +1,7 @@
 """What the contract does not ask: ggn through the kernels, memory, blocks without a full row."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +45,30 @@ def test_spans_cover_every_token_once(lengths, block):
         for i in range(rank * block, min((rank + 1) * block, length)):
             seen[start + i] += 1
     assert (seen == 1).all()
+
+
+def scaled(scale, q, k):
+    return q @ k.mT * scale
+
+
+@pytest.mark.parametrize("piece", [reference.PIECE, 1])
+def test_statistics(piece, monkeypatch):
+    """What the reference hands to a fused backward: max S, lse - max S and mu, [3, B, H, T]."""
+    monkeypatch.setattr(reference, "PIECE", piece)
+    for variant in ("grouped", "blind"):
+        q, k, v, *options = case.op_args(case.inputs(variant, torch.float64))
+        got = reference.forward(q, k, v, *options)[1]
+        queries, keys = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        seen = keys <= queries + k.shape[2] - q.shape[2]
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        halves = zip(q.chunk(2), k.chunk(2), strict=True)
+        s, s_t = torch.func.jvp(partial(scaled, options[1]), *halves)
+        s.masked_fill_(~seen, float("-inf"))
+        mu = (torch.softmax(s, -1).nan_to_num(0.0) * s_t).sum(-1)
+        top, some = s.amax(-1), seen.any(1)
+        rest = torch.where(some, s.logsumexp(-1) - top, float("-inf"))
+        want = torch.stack([top.masked_fill(~some, 0.0), rest, mu])
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
 class Peak(TorchDispatchMode):

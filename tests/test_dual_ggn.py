@@ -146,3 +146,30 @@ def test_head_ggn_ignores_the_cotangent_of_the_loss():
         assert not torch.autograd.grad(loss.sum(), h, retain_graph=True)[0].any()
         (dh,) = torch.autograd.grad(loss_t.sum(), h)
         assert dh[:3].any() and not dh[3:].any()
+
+
+def test_capped_head_ggn_is_the_curvature_at_the_capped_logits():
+    """loss_t's cotangent gives J^T (diag p - p p^T) J v, J through the soft cap and the bias."""
+    n, v, d = 3, 7, 4
+    h, h_t = (randn(n, d, seed=s, dtype=torch.float64) for s in (1, 2))
+    w, w_t = (randn(v, d, seed=s, dtype=torch.float64) for s in (3, 4))
+    b, b_t = (randn(v, seed=s, dtype=torch.float64) for s in (5, 6))
+    targets, weights = torch.tensor([1, 6, 0]), torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
+
+    def logits(h, w, b):
+        return 2 * torch.tanh((h @ w.mT + b) / 2)
+
+    z, z_t = torch.func.jvp(logits, (h, w, b), (h_t, w_t, b_t))
+    p = torch.softmax(z, -1)
+    u = weights[:, None] * p * (z_t - (p * z_t).sum(-1, keepdim=True))
+    want = torch.func.vjp(logits, h, w, b)[1](u)
+    leaves = [torch.cat([h, h_t]).requires_grad_(), w.requires_grad_(), b.requires_grad_()]
+    for trained in (leaves, leaves[:1]):
+        head = [t if any(t is x for x in trained) else t.detach() for t in leaves]
+        _, loss_t, _ = u2a.dual_linear_cross_entropy(
+            head[0], head[1], targets, w_t, bias=head[2], bias_t=b_t, softcap=2.0, mode="ggn"
+        )
+        got = torch.autograd.grad((weights * loss_t).sum(), trained)
+        assert not got[0][n:].any()
+        for one, other in zip((got[0][:n], *got[1:]), want, strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)

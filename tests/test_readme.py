@@ -79,6 +79,11 @@ def test_configuration_is_accepted(tmp_path):
     assert config.data.retain.path.endswith("retain.jsonl")
 
 
+ENTRIES = {"linear_cross_entropy": "linear_logp"} | dict.fromkeys(
+    ("dual_act", "dual_geglu", "dual_gelu", "dual_relu2", "dual_silu", "dual_swiglu"), "dual_glu"
+)
+
+
 def test_table_says_who_serves():
     command = [sys.executable, "-m", "u2a_kernels", "--json"]
     facts = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -90,6 +95,6 @@ def test_table_says_who_serves():
     helpers = {"Rademacher", "rademacher"}
     assert {name for name, _, _ in found} == set(u2a_kernels.__all__) - helpers
     for name, cpu, cuda in found:
-        op = "linear_logp" if name == "linear_cross_entropy" else name
+        op = ENTRIES.get(name, name)
         who = served.get(op) or served[f"{op}_fwd"]
         assert who["CPU"] in cpu and who["CUDA"] in cuda, f"{name}: {who}"

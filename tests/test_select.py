@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from u2a.select import (
-    block_greedy,
+    WeightSet,
     exponentiated_gradient,
     low_likelihood_k,
-    project_box_budget,
     random_k,
     select,
     topk,
@@ -77,9 +76,9 @@ def test_capped_mirror_ascent_finds_the_optimum_of_a_concave_objective():
     inner = (w > 1e-6) & (w < cap - 1e-6)
     price = gain[inner].mean() if inner.any() else gain[w > 1e-6].min()
     assert (gain[w > 1e-6] >= price - 1e-3).all() and (gain[w < cap - 1e-6] <= price + 1e-3).all()
-    other = project_box_budget(torch.zeros(8), cap, total)
+    other = WeightSet(total, cap).project(torch.zeros(8))
     for _ in range(50):
-        other = project_box_budget(other + 0.05 * toy.gain(other), cap, total)
+        other = WeightSet(total, cap).project(other + 0.05 * toy.gain(other))
     torch.testing.assert_close(toy.J(w), toy.J(other), rtol=0, atol=1e-5)
 
 
@@ -111,45 +110,11 @@ def test_cap_is_the_entropy_projection():
 def test_projection_onto_box_and_budget():
     draw = torch.Generator().manual_seed(2)
     a = torch.randn(50, generator=draw, dtype=torch.float64)
-    w = project_box_budget(a, 0.2, 3.0)
+    w = WeightSet(3.0, 0.2).project(a)
     assert float(w.sum()) == pytest.approx(3.0, abs=1e-12) and w.min() >= 0 and w.max() <= 0.2
     for _ in range(50):
-        other = project_box_budget(torch.randn(50, generator=draw, dtype=torch.float64), 0.2, 3.0)
+        other = WeightSet(3.0, 0.2).project(torch.randn(50, generator=draw, dtype=torch.float64))
         assert float((a - w) @ (other - w)) <= 1e-10, "not the nearest point of a convex set"
-
-
-def test_block_greedy_passes_over_duplicates_that_topk_takes():
-    eye = torch.eye(4, dtype=torch.float64)
-    toy = Toy(n=6, p=4, q=1.0)
-    toy.g = -torch.cat([eye[:1].repeat(3, 1), eye[1:]])
-    toy.c = torch.tensor([1.0, 0.9, 0.8, 0.7], dtype=torch.float64)
-    plain = select(toy.gain(torch.zeros(6)), budget=3, total_weight=1.5)
-    assert plain.order == (0, 1, 2)
-    found = block_greedy(toy.gain, toy.resolve, n=6, budget=3, blocks=3, weight=0.5)
-    assert found.order == (0, 3, 4) and found.stopped == "budget"
-    assert toy.J(found.weights) > toy.J(plain.weights) + 0.1
-    assert found.weights.tolist() == [0.5, 0, 0, 0.5, 0.5, 0]
-    assert [r.J for r in found.rounds] == sorted(r.J for r in found.rounds)
-    assert found.rounds[0].gain[0] == pytest.approx(1 / LAMBDA)
-
-
-def test_block_greedy_stops():
-    toy = Toy(n=12, q=0.0, seed=1)
-    helpful = int((toy.gain(torch.zeros(12)) > 0).sum())
-    found = block_greedy(toy.gain, toy.resolve, n=12, budget=12, blocks=4, weight=0.1)
-    assert found.stopped == "no positive gain" and len(found.order) == helpful < 12
-
-    curved = Toy(n=12, q=60.0, seed=1)
-    found = block_greedy(curved.gain, curved.resolve, n=12, budget=8, blocks=8, weight=0.2)
-    assert found.stopped == "J fell"
-    dropped = found.rounds[-1].added
-    assert not set(dropped) & set(found.order) and float(found.weights[list(dropped)].sum()) == 0
-    assert found.rounds[-1].J < found.rounds[-2].J == pytest.approx(float(curved.J(found.weights)))
-
-    found = block_greedy(
-        curved.gain, curved.resolve, n=12, budget=2, blocks=1, weight=50.0, start=0.0
-    )
-    assert found.stopped == "J fell" and found.order == () and float(found.weights.sum()) == 0
 
 
 def test_one_shot_methods():
@@ -181,5 +146,3 @@ def test_messages():
         exponentiated_gradient(torch.tensor([1.0, 0.0, 1.0]), torch.zeros(3), 1.0, 1.0, cap=0.3)
     with pytest.raises(ValueError, match="compat must be None or 'official'"):
         exponentiated_gradient(torch.ones(2), torch.zeros(2), 1.0, 1.0, compat="paper")
-    with pytest.raises(ValueError, match=r"blocks must be in \[1, 2\] \(budget\), got 3"):
-        block_greedy(lambda w: w, lambda w: 0.0, n=3, budget=2, blocks=3, weight=1.0)

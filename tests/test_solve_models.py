@@ -9,11 +9,12 @@ from tiny_models import make, rows
 
 from u2a.adapter import snapshot
 from u2a.batch import Pair, collate
-from u2a.bilevel import Outer, PairSet, SolveSettings
 from u2a.curvature import EKFAC, KFAC, Damped, EmpiricalFisher, GaussNewton, Hessian, dense
 from u2a.errors import GuardError
 from u2a.inner import InnerProblem
 from u2a.losses import LOSSES
+from u2a.objectives import PairSet, Preference
+from u2a.outer import Outer, SolveSettings
 from u2a.products import gradient
 from u2a.solve import solve
 from u2a.tree import flatten
@@ -161,7 +162,8 @@ def test_the_outer_problem_takes_every_solver(settings):
         retain_weight=0.1, anchor=anchor,
     )  # fmt: skip
     held = PairSet.build(model, [Pair(str(i), forget[i], other[i]) for i in range(2)], 512)
-    outer = Outer(model, problem, held, held, settings, lambda p: {})
+    J = Preference(held, batch_tokens=512)
+    outer = Outer(model, problem, J, J, settings, lambda p: {})
     scores, s = outer.gains(weights)
     assert scores.gain.isfinite().all() and scores.gain.abs().max() > 0 and s.damping >= anchor
     assert s.method == settings.method and (s.residual < 1e-3 or settings.method[-3:] != "res")

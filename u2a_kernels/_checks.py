@@ -104,6 +104,11 @@ def check_targets(op: str, targets: Tensor, n: int, vocab: int, name: str = "tar
         raise wanted(op, name, f"in [0, V = {vocab}) or -100", f"{int(targets[at])} at {at}")
 
 
+def check_softcap(op: str, softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise wanted(op, "softcap", "None or a positive number", softcap)
+
+
 def _is_fake(t: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 

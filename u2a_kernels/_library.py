@@ -59,12 +59,14 @@ def define(
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
     cuda_library: bool = False,
+    cuda_owner: str = "Triton",
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Any:
     """Register `u2a::<schema>` and return its overload, the handle a public function calls.
 
-    One owner per key: on CUDA that is `cuda`, without it the reference. With `cuda_library` the
+    One owner per key: on CUDA that is `cuda`, without it the reference; `cuda_owner` is its name in
+    reports ("cuBLAS" for torch's own products). With `cuda_library` the
     compiled library holds a kernel of this op, which owns the key wherever the library is loaded.
     """
     name = schema.split("(", 1)[0]
@@ -75,7 +77,7 @@ def define(
         OWNERS[name] = "CUDA"
     elif cuda is not None:
         LIBRARY.impl(name, cuda, "CUDA")
-        OWNERS[name] = "Triton"
+        OWNERS[name] = cuda_owner
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(
         qualified, backward or refusal(name), setup_context=setup_context, lib=LIBRARY
@@ -84,7 +86,7 @@ def define(
 
 
 def owner(name: str, device: str) -> str:
-    """Who serves `u2a::name` on `device` ("CPU" or "CUDA"): reference, C++, Triton or CUDA."""
+    """Who serves `u2a::name` on `device` ("CPU", "CUDA"): reference, C++, Triton, cuBLAS, CUDA."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device)
     if not has:
         return "reference"

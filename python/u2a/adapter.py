@@ -92,19 +92,36 @@ def sequence_logps(model: nn.Module, rows: Sequence[Row], batch_tokens: int = 81
     return torch.zeros(0, device=device) if out is None else out
 
 
+def token_logps(model: nn.Module, rows: Sequence[Row], batch_tokens: int = 8192) -> Tensor:
+    """Log-probability of every answer token, `[n, L]` on the model's device, L the most tokens of
+    an answer, zeros after a row's last; no gradient."""
+    device = device_of(model)
+    width = max((len(r) - max(len(r.prompt_ids), 1) for r in rows), default=0)
+    out: Tensor | None = None
+    with evaluating(model):
+        for batch in row_batches(rows, batch_tokens):
+            lp = answer_logps(model, batch)
+            out = lp.logp.new_zeros(len(rows), width) if out is None else out
+            out[batch.index.to(device)[lp.row], lp.position()] = lp.logp
+    return torch.zeros(0, 0, device=device) if out is None else out
+
+
 def reference_logps(
     model: nn.Module,
     rows: Sequence[Row],
     batch_tokens: int = 8192,
     *,
     reference_model: nn.Module | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """Reference answer log-probabilities `[n]`: adapter disabled, or those of `reference_model`.
 
+    `per_token`: as `token_logps`, `[n, L]`.
     Compute once and keep (`InnerProblem.reference`, `evaluate.preference(ref=...)`). Raises
     ValueError for a model without adapter when no reference model is given.
     """
+    logps = token_logps if per_token else sequence_logps
     if reference_model is not None:
-        return sequence_logps(reference_model, rows, batch_tokens)
+        return logps(reference_model, rows, batch_tokens)
     with adapter_disabled(model):
-        return sequence_logps(model, rows, batch_tokens)
+        return logps(model, rows, batch_tokens)

@@ -62,7 +62,8 @@ class AnswerLogps:
     """Log-probability of every answer token of a batch, flat.
 
     `logp [n]`; `row [n]` int64, the example each token belongs to; `count [B]` answer tokens per
-    example; `ref [B]` summed reference log-probabilities or None; `index [B]` row numbers or None.
+    example; `ref` reference log-probabilities, `[B]` summed or `[B, L]` per token with zeros after
+    a row's last, or None; `index [B]` row numbers or None.
     """
 
     logp: Tensor
@@ -78,6 +79,11 @@ class AnswerLogps:
     def mean(self) -> Tensor:
         """Mean log-probability per answer token, `[B]`; 0 for an example without answer tokens."""
         return self.sequence() / self.count.clamp_min(1)
+
+    def position(self) -> Tensor:
+        """Number of each token within its example's answer, `[n]`."""
+        start = self.count.cumsum(0) - self.count
+        return torch.arange(len(self.row), device=self.row.device) - start[self.row]
 
     def with_logp(self, logp: Tensor) -> AnswerLogps:
         return replace(self, logp=logp)

@@ -81,6 +81,42 @@ def run(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa: 
 
 
 @app.command()
+def prep(
+    config: ConfigFile,
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory, or the file of alternates.")
+    ] = None,
+    alternates: Annotated[
+        str | None, typer.Option(metavar="KIND", help="altpo, refusal, random, chosen or sapo.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Alternates per answer.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts generated at once.")] = 8,
+    set_: Sets = [],  # noqa: B006
+) -> None:
+    """Only the data: tokenised, split, disjoint. Or alternate answers, as JSONL."""
+    with _failures():
+        if alternates is None:
+            from u2a import run as stages
+
+            stages.run(_load(config, set_), out or Path("runs") / config.stem, until="prep")
+            return
+        # the file to be written cannot be wanted yet, nor a loss that needs it
+        cfg = _load(config, [*set_, "unlearn.loss=ga", "data.alternates=null"])
+        from u2a import alternates as made
+
+        how = made.defaults(
+            alternates, samples=samples, batch=batch, seed=cfg.run.seed,
+            max_new_tokens=max_new_tokens, temperature=temperature,
+        )  # fmt: skip
+        target = out or config.parent / f"{alternates}.jsonl"
+        path = made.prepare_alternates(cfg, alternates, target, how)
+        key = "forget" if alternates == "sapo" else "alternates"
+        print(f"{path}\nfor the configuration: data: {{{key}: {{path: {path}}}}}")
+
+
+@app.command()
 def scan(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa: B006
     """Only the scores: how much unlearning each candidate would help."""
     with _failures():
@@ -88,6 +124,20 @@ def scan(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa:
         from u2a import run as stages
 
         stages.scan_only(cfg, out or Path("runs") / config.stem)
+
+
+@app.command()
+def validate(
+    out: Annotated[Path, typer.Option(help="Where models and tables go.")] = Path("runs/validate"),
+    size: Annotated[str, typer.Option(help="small, medium or large.")] = "small",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
+    quick: Annotated[bool, typer.Option(help="One loss, one seed, few candidates.")] = False,
+) -> None:
+    """Are predicted gains true, and do they select better than anything else? Tables, pictures."""
+    with _failures():
+        from u2a import benchmark
+
+        benchmark.validate(out, size=size, seeds=seeds, quick=quick)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pydantic import ValidationInfo as Info
 from u2a import strict_yaml
 from u2a.config_faults import describe, is_file, missing_file, set_override
 from u2a.errors import ConfigError
+from u2a.loss_names import combination_faults, loss_name
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -94,7 +95,8 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     """`holdout`: share of pa that becomes validation, and test, and of retain that becomes
-    retain_test (utility is measured there), where no file is given for them."""
+    retain_test (utility is measured there), where no file is given for them. `alternates`: an
+    answer to put in place of each forget row's, for losses of pairs."""
 
     forget: SourceConfig
     pa: SourceConfig
@@ -102,6 +104,7 @@ class DataConfig(Section):
     retain_test: SourceConfig | None = None
     validation: SourceConfig | None = None
     test: SourceConfig | None = None
+    alternates: SourceConfig | None = None
     holdout: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
     max_tokens: Annotated[int, Field(ge=2)] = 1024
     template: Literal["auto", "plain"] = "auto"
@@ -116,7 +119,7 @@ class LoraConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["dpo"] = "dpo"
+    name: Literal["dpo", "margin", "likelihood"] = "dpo"
     beta: Positive = 0.3
 
 
@@ -150,25 +153,34 @@ class SolveConfig(Section):
 
 
 class SelectConfig(Section):
-    method: Literal["greedy", "topk", "uniform", "random", "low-likelihood"] = "greedy"
+    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others rank
+    once. `tolerance`: the loop ends when J has fallen by more."""
+
+    method: Literal[
+        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random", "low-likelihood"
+    ] = "greedy"
+    inverse: Literal["ekfac", "cg", "identity"] = "ekfac"
     budget: Count = 1000
     blocks: Count = 4
     total_weight: Positive = 1.0
     min_gain: float = 0.0
     mirror_steps: Annotated[int, Field(ge=0)] = 0
     eta: Positive = 1.0
+    tolerance: NonNegative = 0.0
 
 
 class UnlearnConfig(Section):
-    """`anchor` is the lambda of lambda/2 ||theta - theta_0||^2.
+    """`loss`, `beta` (null: the loss's own) and `options` as in `u2a.losses`; `anchor` is the
+    lambda of lambda/2 ||theta - theta_0||^2.
 
     `solver`: how the inner problem is solved between rounds, exactly by L-BFGS (small models; `tol`
     on the largest gradient entry, `max_iter`) or by `steps` steps of the trainer. The final
     unlearning is the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
     """
 
-    loss: Literal["ga", "graddiff", "npo"] = "npo"
-    beta: Positive = 0.1
+    loss: Annotated[str, PlainValidator(loss_name)] = "npo"
+    beta: Positive | None = None
+    options: dict[str, float] = {}
     retain_weight: NonNegative = 1.0
     anchor: NonNegative = 0.0
     lr: Positive = 1e-5
@@ -260,6 +272,7 @@ def make_config(
         config = Config.model_validate(data)
     except ValidationError as e:
         raise ConfigError(faults + describe(e, Config), source) from None
+    faults += combination_faults(config)
     if faults:
         raise ConfigError(faults, source)
     return config

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from u2a.batch import Pair, Row
 from u2a.encode import Encoder
 from u2a.errors import DataError
+from u2a.partners import match_partners
 from u2a.schemas import Example, content_uid, digest, prompt_uid, read_examples
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All sets. `stats[set]` counts rows, tokens, duplicates, drops and holds a content digest."""
+    """All sets. `stats[set]` counts rows, tokens, duplicates, drops and holds a content digest.
+
+    `partners`: one row per forget row where alternates are configured, else none.
+    """
 
     forget: list[Row]
     pa: list[Pair]
@@ -43,6 +47,7 @@ class Prepared:
     retain: list[Row]
     retain_test: list[Row]
     test: list[Pair]
+    partners: list[Row] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -101,7 +106,12 @@ def prepare(cfg: Config, tokenizer: Any) -> Prepared:
         lost = sum(d.set == name for d in dropped)
         stats[name] = {"path": spec.path, "schema": schemas.get(name, schemas[origin])}
         stats[name] |= _count(sets[name]) | {"dropped": lost}
-    return Prepared(**sets, dropped=dropped, stats=stats)
+    partners: list[Row] = []
+    if cfg.data.alternates is not None:
+        found = load_rows(cfg.data.alternates, tokenizer, cfg, role="retain", dropped=dropped)
+        partners = match_partners(cfg.data.alternates.path, sets["forget"], found)
+        stats["alternates"] = {"path": cfg.data.alternates.path} | _count(partners)
+    return Prepared(**sets, partners=partners, dropped=dropped, stats=stats)
 
 
 def _load(

@@ -195,15 +195,6 @@ def opt_decoder(module: Any, site: Site) -> dict[str, Any]:
     return {}
 
 
-def lora_linear(module: Any, site: Site) -> dict[str, Any]:
-    if module.merged:
-        raise Refused(f"merged adapters {module.merged_adapters}; unmerge them first")
-    variants = {a: type(v).__name__ for a, v in module.lora_variant.items()}
-    if variants:
-        raise Refused(f"LoRA variant {variants} is not plain LoRA")
-    return {}
-
-
 def causal_lm(module: Any, site: Site) -> dict[str, Any]:
     cap = getattr(module.config, "final_logit_softcapping", None)
     if cap is not None:

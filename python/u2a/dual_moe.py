@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a.dual_mlp import gating, product
+from u2a.dual_mlp import named
 from u2a.dual_modules import Refused, Site, attention, path
 from u2a.grouped import grouped
-from u2a_kernels import dual_linear
+from u2a_kernels import dual_glu, dual_linear
 
 
 def top_scores(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def experts(module: Any, site: Site) -> dict[str, Any]:
         raise Refused(f"experts with parameters other than {wanted}")
     if module._is_expert_parallel:
         raise Refused("experts spread over devices")
-    gated = gating(module.act_fn)
+    activation = named(module.act_fn)
     both_t, down_t = site.tangent(module.gate_up_proj), site.tangent(module.down_proj)
 
     def forward(h: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
@@ -76,10 +76,11 @@ def experts(module: Any, site: Site) -> dict[str, Any]:
         ends = torch.searchsorted(expert[order], experts, right=True, out_int32=True)
         x = h.unflatten(0, (2, n))[:, order // top_k].flatten(0, 1)
         both = _linear(x, module.gate_up_proj, both_t, ends, site.mode)
-        inner = gated(*both.chunk(2, dim=-1))
+        inner = dual_glu(both, activation=activation)
         y = _linear(inner, module.down_proj, down_t, ends, site.mode).unflatten(0, (2, -1))
         y = y[:, torch.argsort(order)].reshape(2 * n, top_k, -1)
-        return product(y, scores[..., None]).sum(1).to(h.dtype)
+        weighted = dual_glu(scores[..., None].expand_as(y), y.to(scores.dtype), "identity")
+        return weighted.sum(1).to(h.dtype)
 
     return {"forward": forward}
 
@@ -101,11 +102,9 @@ def shared_and_sparse(module: Any, site: Site) -> dict[str, Any]:
     def forward(h: Tensor) -> Tensor:
         flat = h.flatten(0, -2)
         _, scores, chosen = module.gate(flat)
-        z, z_t = module.shared_expert_gate(flat).chunk(2)
-        s = torch.sigmoid(z)
-        gate = torch.cat([s, s * (1 - s) * z_t])
-        out = module.experts(flat, chosen, scores) + product(gate, module.shared_expert(flat))
-        return out.view_as(h)
+        gate, shared = module.shared_expert_gate(flat), module.shared_expert(flat)
+        shared = dual_glu(gate.expand_as(shared), shared, "sigmoid")
+        return (module.experts(flat, chosen, scores) + shared).view_as(h)
 
     return {"forward": forward}
 

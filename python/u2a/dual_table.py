@@ -7,12 +7,12 @@ would be wrong without a word.
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from u2a.dual_mlp import GELU, RELU, SILU, gate_only, gated_mlp, gelu, packed_mlp, relu
+from u2a.dual_lora import CONV1D, LINEAR, lora_linear
+from u2a.dual_mlp import ACTIVATIONS, activation, gated_mlp, packed_mlp
 from u2a.dual_modules import (
     Handler,
     Refused,
@@ -27,7 +27,6 @@ from u2a.dual_modules import (
     layer,
     layer_norm,
     linear,
-    lora_linear,
     nothing,
     one_plus_rms_norm,
     opt_attention,
@@ -46,14 +45,12 @@ TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ModuleDict": nothing,
     "torch.nn.modules.container.ParameterDict": nothing,
     "torch.nn.modules.linear.Identity": nothing,
-    "torch.nn.modules.linear.Linear": linear,
+    LINEAR: linear,
     "torch.nn.modules.sparse.Embedding": embedding,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
     "torch.nn.modules.dropout.Dropout": dropout,
-    "transformers.pytorch_utils.Conv1D": conv1d,
-    **{name: partial(gelu, approximate) for name, approximate in GELU.items()},
-    **dict.fromkeys(SILU, gate_only),
-    RELU: relu,
+    CONV1D: conv1d,
+    **dict.fromkeys(ACTIVATIONS, activation),
     "peft.peft_model.PeftModel": peft_model,
     "peft.peft_model.PeftModelForCausalLM": peft_model,
     "peft.tuners.lora.model.LoraModel": nothing,

@@ -22,9 +22,10 @@ from u2a.adapter import (
     restore,
     snapshot,
 )
-from u2a.batch import Batch, Row, row_batches
+from u2a.batch import Batch, Pair, Row, pair_batches, row_batches
 from u2a.errors import GuardError
 from u2a.losses import LOSSES, Loss
+from u2a.losses.base import PARTNER, TOKENS
 from u2a.products import answer_logps
 from u2a.tree import trainable
 
@@ -56,8 +57,9 @@ class Part:
 @dataclass(frozen=True)
 class InnerProblem:
     """Forget rows with weights `[n]` (>= 0, summing to the total the caller wants), retain rows,
-    mu (`retain_weight`), lambda (`anchor`), theta_0 (`start`, a `snapshot`), loss, and reference
-    log-probabilities `[n]` of the forget rows where the loss needs them.
+    mu (`retain_weight`), lambda (`anchor`), theta_0 (`start`, a `snapshot`), loss; `partners`, one
+    per forget row, where the loss wants an alternate answer; and reference log-probabilities `[n]`
+    (`[n, L]` per token, `[2n]` with the partners' after the rows') where it needs them.
 
     Rows of weight 0 cost nothing. Make one with `InnerProblem.build`.
     """
@@ -70,6 +72,7 @@ class InnerProblem:
     retain_weight: float = 0.0
     anchor: float = 0.0
     reference: Tensor | None = None
+    partners: Sequence[Row] = ()
     batch_tokens: int = 8192
     retain_tokens: int = field(init=False)
 
@@ -84,9 +87,7 @@ class InnerProblem:
                 f"weights: wanted finite and >= 0, got {w[bad[0]].item()} at row {bad[0]} "
                 f"(uid {row.uid}) and {len(bad) - 1} more"
             )
-        if self.loss.needs_reference and (self.reference is None or self.reference.shape != (n,)):
-            got = None if self.reference is None else list(self.reference.shape)
-            raise ValueError(f"reference: loss {self.loss.name} wants log-probs [{n}], got {got}")
+        self._check_needs(n)
         for key in ("retain_weight", "anchor"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
                 raise ValueError(f"{key}: wanted finite and >= 0, got {getattr(self, key)}")
@@ -96,6 +97,23 @@ class InnerProblem:
         if self.retain and not tokens:
             raise ValueError(f"retain: {len(self.retain)} rows hold no answer token")
         object.__setattr__(self, "retain_tokens", tokens)
+
+    def _check_needs(self, n: int) -> None:
+        name, needs, ref = self.loss.name, self.loss.needs, self.reference
+        if not self.loss.wired:
+            raise ValueError(f"loss: {name} needs {', '.join(sorted(needs))}, which rows lack")
+        wanted = n if PARTNER in needs else 0
+        if len(self.partners) != wanted:
+            raise ValueError(
+                f"partners: loss {name} wants {wanted or 'none'} (one per forget row where it has "
+                f"any), got {len(self.partners)}"
+            )
+        if self.loss.needs_reference:
+            rows = n + wanted
+            words = f"[{rows}, L]" if TOKENS in needs else f"[{rows}]"
+            got = None if ref is None else list(ref.shape)
+            if ref is None or len(ref) != rows or ref.ndim != 1 + (TOKENS in needs):
+                raise ValueError(f"reference: loss {name} wants log-probs {words}, got {got}")
 
     @classmethod
     def build(
@@ -112,8 +130,9 @@ class InnerProblem:
         batch_tokens = settings.get("batch_tokens", 8192)
         if loss.needs_reference and settings.get("reference") is None:
             settings["reference"] = reference_logps(
-                model, forget, batch_tokens, reference_model=reference_model
-            )
+                model, [*forget, *settings.get("partners", ())], batch_tokens,
+                reference_model=reference_model, per_token=TOKENS in loss.needs,
+            )  # fmt: skip
         settings.setdefault("start", snapshot(model))
         return cls(forget=forget, weights=weights.detach().clone(), loss=loss, **settings)
 
@@ -127,15 +146,33 @@ class InnerProblem:
 
     def forget_parts(self, index: Sequence[int] | None = None) -> list[Part]:
         """Batches of the forget rows `index` (default: all of positive weight); coef = w_i."""
-        index = self.support if index is None else list(index)
         out = []
-        for b in row_batches([self.forget[i] for i in index], self.batch_tokens):
-            at = torch.tensor(index)[b.index]
-            ref = None if self.reference is None else self.reference[at.to(self.reference.device)]
-            coef = self.weights[at.to(self.weights.device)].double()
-            uids = tuple(self.forget[i].uid for i in at.tolist())
-            out.append(Part(replace(b, index=at), coef, self.loss, uids, ref))
+        for b in self.batches(self.support if index is None else index):
+            ref = self.reference
+            ref = None if ref is None else ref[b.index.to(ref.device)]
+            rows = b.index[: len(b) // 2 if self.partners else len(b)]
+            coef = self.weights[rows.to(self.weights.device)].double()
+            uids = tuple(self.forget[i].uid for i in rows.tolist())
+            out.append(Part(b, coef, self.loss, uids, ref))
         return out
+
+    def batches(self, index: Sequence[int] | None = None) -> list[Batch]:
+        """The forget rows `index` (default: all), P of them then their P partners if there are any.
+
+        `Batch.index` are row numbers, n more for a partner: they look up `weights` and `reference`.
+        """
+        n = len(self.forget)
+        at = list(range(n)) if index is None else list(index)
+        if not self.partners:
+            found = row_batches([self.forget[i] for i in at], self.batch_tokens)
+            return [replace(b, index=torch.tensor(at)[b.index]) for b in found]
+        pairs = [Pair("", self.forget[i], self.partners[i]) for i in at]
+        found = pair_batches(pairs, self.batch_tokens)
+        shift = [torch.tensor([0, n]).repeat_interleave(len(b) // 2) for b in found]
+        return [
+            replace(b, index=torch.tensor(at)[b.index] + s)
+            for b, s in zip(found, shift, strict=True)
+        ]
 
     def retain_parts(self, index: Sequence[int] | None = None) -> list[Part]:
         """Batches of the retain rows `index` (default: all); coef = mu |y| / sum of all |y|."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps, Batch
 from u2a.dual import Dual, Mode, dual, final_softcap, is_open, parts
-from u2a.dual_head import Head, dual_head_loss
 from u2a_kernels import dual_linear_cross_entropy, linear_logp
 
 
@@ -67,13 +66,16 @@ def dual_logps(
     ids, at, target, row, count = _moved(batch, weight.device)
     h = run(ids)  # [2B, T, d]
     h = h.unflatten(0, (2, ids.shape[0])).flatten(1, 2).index_select(1, at).flatten(0, 1)
-    if bias is None and run.softcap is None:
-        loss, loss_t, curvature = dual_linear_cross_entropy(
-            h, weight, target, run.head_tangent, mode=run.mode
-        )
-    else:
-        head = Head(weight, bias, run.head_tangent, run.bias_tangent, run.softcap)
-        loss, loss_t, curvature = dual_head_loss(h, target, head, run.mode)
+    loss, loss_t, curvature = dual_linear_cross_entropy(
+        h,
+        weight,
+        target,
+        run.head_tangent,
+        bias=bias,
+        bias_t=run.bias_tangent,
+        softcap=run.softcap,
+        mode=run.mode,
+    )
     return AnswerLogps(-loss, row, count, _like(ref, loss), batch.index), -loss_t, curvature
 
 

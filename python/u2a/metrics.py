@@ -10,8 +10,8 @@ from torch import Tensor
 
 from u2a.adapter import adapter_disabled
 from u2a.batch import Row
-from u2a.bilevel import PairSet
 from u2a.evaluate import forget_nll, perplexity, preference
+from u2a.objectives import PairSet
 from u2a.workspace import Workspace
 
 UTILITY = 1.05

@@ -41,9 +41,10 @@ def with_refs(batches: Sequence[Batch], ref: Refs) -> Iterator[tuple[Batch, Tens
 
 
 def _per_row(loss: Loss, lp: AnswerLogps) -> Tensor:
-    value = loss(lp)
-    if value.shape != lp.count.shape:
-        raise ValueError(f"loss must return [B] = {list(lp.count.shape)}, got {list(value.shape)}")
+    """`[B]`; `[B/2]` of a loss on answers and their partners."""
+    value, rows = loss(lp), lp.count.shape[0]
+    if value.shape != (rows,) and (rows % 2 or value.shape != (rows // 2,)):
+        raise ValueError(f"loss must return [B] = [{rows}], got {list(value.shape)}")
     return value
 
 
@@ -53,12 +54,14 @@ def _weighted(loss: Loss, weights: Tensor | None, rows: int) -> Callable[[Answer
     def part(lp: AnswerLogps) -> Tensor:
         if weights is not None:
             assert lp.index is not None
-            w = weights[lp.index.to(weights.device)]
-            return (_per_row(loss, lp) * w.to(lp.logp)).sum()
+            found = _per_row(loss, lp)
+            w = weights[lp.index[: len(found)].to(weights.device)]
+            return (found * w.to(lp.logp)).sum()
         value = loss(lp)
         if value.ndim == 0:
             return value * (lp.count.shape[0] / rows)
-        return _per_row(lambda _: value, lp).sum() / rows
+        found = _per_row(lambda _: value, lp)
+        return found.sum() / (rows if len(found) == lp.count.shape[0] else rows / 2)
 
     return part
 
@@ -97,7 +100,9 @@ def gradient(
     """Gradient of sum_i w_i l_i over the trainable parameters, accumulated over the batches.
 
     Args:
-        loss: returns `[B]` (one value per row), or a scalar that is a mean over its batch's rows.
+        loss: returns `[B]` (one value per row), `[B/2]` on a batch of answers and then their
+            partners (weights and index those of the answers), or a scalar that is a mean over its
+            batch's rows.
         weights: `[N]` looked up by Batch.index; default 1/N, the mean over all rows.
         ref: reference log-probabilities for the loss, `[N]` by Batch.index or one `[B]` per batch.
     """
@@ -183,10 +188,26 @@ def quadratic(
 
 @torch.no_grad()
 def row_tangents(run: Dual, batch: Batch, loss: Loss, ref: Tensor | None = None) -> Tensor:
-    """<v, grad l_i> of one batch, `[B]` on the model's device, without synchronising with it."""
+    """<v, grad l_i> of one batch, `[B]` on the model's device, without synchronising with it.
+
+    `[B/2]` of a loss on answers and their partners.
+    """
     lp, logp_t, _ = dual_logps(run, batch, ref)
-    first, _ = _adjoint(lambda x: _per_row(loss, x).sum(), lp)
-    return lp.with_logp(first * logp_t).sequence()
+    found = 0
+
+    def total(x: AnswerLogps) -> Tensor:
+        nonlocal found
+        value = _per_row(loss, x)
+        found = len(value)
+        return value.sum()
+
+    first, _ = _adjoint(total, lp)
+    return lp.with_logp(first * logp_t).sequence().unflatten(0, (-1, found)).sum(0)
+
+
+def score_index(batches: Sequence[Batch], scores: Sequence[Tensor]) -> Tensor:
+    """Row number of each score, partners left out."""
+    return torch.cat([b.index[: len(s)] for b, s in zip(batches, scores, strict=True)])
 
 
 def jvp_scores(
@@ -205,7 +226,7 @@ def jvp_scores(
     found = _sequence(batches)
     with dual(model, v, "jvp") as run:
         scores = [row_tangents(run, batch, loss, r) for batch, r in with_refs(found, ref)]
-    order = torch.cat([b.index for b in found]).argsort(stable=True)
+    order = score_index(found, scores).argsort(stable=True)
     joined = torch.cat(scores)
     return joined[order.to(joined.device)]
 
@@ -222,5 +243,6 @@ __all__ = [
     "jvp_scores",
     "quadratic",
     "row_tangents",
+    "score_index",
     "with_refs",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from u2a.batch import Batch, Row, row_batches
 from u2a.dual import dual
-from u2a.products import Loss, Refs, row_tangents, with_refs
+from u2a.products import Loss, Refs, row_tangents, score_index, with_refs
 from u2a.progress import track
 from u2a.tree import norm
 
@@ -134,7 +134,7 @@ def _exact(
             steps = track(steps, total, "scan", "ex", size=lambda step: len(step[0]))
         for batch, r in steps:
             found.append(row_tangents(run, batch, loss, r))
-    index = torch.cat([b.index for b in batches])
+    index = score_index(batches, found)
     order = index.argsort(stable=True)
     gain = torch.cat(found).cpu()[order] * -size
     return Scores(gain, gain.isfinite(), uid or [str(i) for i in index[order].tolist()])

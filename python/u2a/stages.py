@@ -11,7 +11,7 @@ from torch import Tensor
 
 from u2a import metrics, report
 from u2a.adapter import adapter_disabled
-from u2a.bilevel import bilevel
+from u2a.bilevel import Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
 from u2a.evaluate import mean_nll
@@ -107,13 +107,14 @@ class Run:
         self.enter("adapters/start")
         s, n = self.cfg.select, len(self.work.data.forget)
         rounds: list[dict[str, Any]] = []
-        if s.method == "greedy":
+        if s.method in ("greedy", "pursuit", "quadratic", "official"):
             self.at = None
-            found = bilevel(
-                self.work.outer, budget=min(s.budget, n), blocks=s.blocks,
-                total_weight=s.total_weight, min_gain=s.min_gain,
-                mirror_steps=s.mirror_steps, eta=s.eta,
+            budget = min(s.budget, n)
+            plan = Plan(
+                budget, s.total_weight, min(s.blocks, budget), s.method, s.inverse, s.min_gain,
+                s.mirror_steps, "mirror", s.eta, tolerance=s.tolerance,
             )  # fmt: skip
+            found = bilevel(self.work.outer, plan)
             weights, rounds = found.weights, found.rounds
         else:
             weights = self.one_shot(s.method, s.total_weight)

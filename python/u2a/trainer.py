@@ -205,7 +205,7 @@ class U2ATrainer(Trainer):
         return samples, self._counts(samples)
 
     def _counts(self, samples: list[dict[str, list[Part]]]) -> dict[str, int]:
-        rows = {k: sum(len(p.batch) for s in samples for p in s[k]) for k in ("forget", "retain")}
+        rows = {k: sum(len(p.coef) for s in samples for p in s[k]) for k in ("forget", "retain")}
         return rows | {"micro": len(samples)}
 
     def _terms(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from u2a.adapter import restore, snapshot
-from u2a.bilevel import Outer
 from u2a.evaluate import spearman
 from u2a.inner import inner_solve
+from u2a.outer import Outer
 from u2a.progress import track
 
 

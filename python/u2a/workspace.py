@@ -14,12 +14,14 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from u2a.adapter import snapshot
-from u2a.bilevel import Outer, PairSet, SolveSettings
+from u2a.batch import Pair
 from u2a.config import Config
 from u2a.data import Prepared, prepare
 from u2a.errors import DataError
 from u2a.inner import InnerProblem, inner_solve
 from u2a.losses import get_loss
+from u2a.objectives import Likelihood, Margin, Objective, PairSet, Preference
+from u2a.outer import Outer, SolveSettings
 from u2a.rundir import file_hash
 from u2a.trainer import U2AConfig, U2ATrainer
 
@@ -118,7 +120,7 @@ class Workspace:
     def problem(self) -> InnerProblem:
         """The inner problem, all weights 0; theta_0 is the fresh adapter, whatever is loaded."""
         u, n, model = self.cfg.unlearn, len(self.data.forget), self.model
-        loss = get_loss(u.loss, u.beta)
+        loss = get_loss(u.loss, u.beta, **u.options)
         return InnerProblem.build(
             model,
             self.data.forget,
@@ -128,23 +130,31 @@ class Workspace:
             retain=self.data.retain,
             retain_weight=u.retain_weight,
             anchor=u.anchor,
+            partners=self.data.partners,
             batch_tokens=u.batch_tokens,
         )
 
     @cached_property
     def outer(self) -> Outer:
-        s, tokens = self.cfg.solve, self.cfg.unlearn.batch_tokens
+        s = self.cfg.solve
         _ = self.problem
         return Outer(
             self.model,
             self.problem,
-            PairSet.build(self.model, self.data.pa, tokens),
-            PairSet.build(self.model, self.data.validation, tokens),
+            self.objective(self.data.pa),
+            self.objective(self.data.validation),
             SolveSettings(s.method, s.curvature, s.damping, s.precond, s.tol, s.max_iter),
             self.resolve,
-            beta=self.cfg.objective.beta,
             report=self.report,
         )
+
+    def objective(self, pairs: list[Pair]) -> Objective:
+        """The configured J on these pairs."""
+        o, tokens = self.cfg.objective, self.cfg.unlearn.batch_tokens
+        if o.name == "likelihood":
+            return Likelihood([p.chosen for p in pairs], tokens)
+        made = {"dpo": Preference, "margin": Margin}[o.name]
+        return made(PairSet.build(self.model, pairs, tokens), o.beta, tokens)
 
     def resolve(self, problem: InnerProblem) -> dict[str, Any]:
         """Inner solve between rounds: to the optimum by L-BFGS, or by training."""

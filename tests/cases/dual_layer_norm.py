@@ -7,9 +7,19 @@ import torch
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops import dual_layer_norm as op
 from u2a_kernels.testing import randn
 
-SHAPES = {"directions": (6, 2, 7), "frozen": (4, 5), "no-bias": (4, 5), "block": (6, 131)}
+SHAPES = {
+    "directions": (6, 2, 7),
+    "frozen": (4, 5),
+    "no-bias": (4, 5),
+    "one": (2, 1),
+    "block": (6, 131),
+    "frozen-block": (146, 53),
+    "large": (4, 4097),
+    "empty": (0, 5),
+}
 
 
 def inputs(variant, dtype):
@@ -19,7 +29,7 @@ def inputs(variant, dtype):
         x=randn(*shape, seed=1, dtype=dtype) + 0.5,
         weight=w,
         bias=None if variant == "no-bias" else b,
-        weight_t=None if variant == "frozen" else w_t,
+        weight_t=None if variant.startswith("frozen") else w_t,
         bias_t=b_t if variant in ("directions", "block") else None,
         eps=1e-2,
     )
@@ -39,6 +49,29 @@ def oracle(x, weight, bias, weight_t, bias_t, eps):
     )
 
 
+class Launched(torch.autograd.Function):
+    """The Triton launchers in the op's place, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_t, bias_t, eps):
+        ctx.save_for_backward(x, weight, weight_t)
+        ctx.eps, ctx.bias = eps, bias is not None
+        return op.triton(x, weight, bias, weight_t, bias_t, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, db = op.triton_bwd(grad, *ctx.saved_tensors, ctx.eps, True, ctx.bias)
+        return dx, dw, db if ctx.bias else None, None, None, None
+
+
+def reference(x, weight, bias, weight_t, bias_t, eps):
+    return op.reference(x, weight, bias, weight_t, bias_t, eps)
+
+
+def triton(x, weight, bias, weight_t, bias_t, eps):
+    return Launched.apply(x, weight, bias, weight_t, bias_t, eps)
+
+
 def spoil(args):
     args["x"][1] = float("nan")
     keep = [0, 2, 3, 5]
@@ -56,6 +89,8 @@ CASES = [
         variants=list(SHAPES),
         differentiable=("x", "weight", "bias"),
         spoil=spoil,
+        launchers={"triton": triton, "reference": reference},
+        backward_launchers={"triton": triton},
         errors={
             "odd": (
                 lambda a: {**a, "x": a["x"][:3]},
@@ -80,3 +115,12 @@ CASES = [
         },
     )
 ]
+
+
+def aot_inputs(dtype):
+    """GPT-2, OPT-6.7B and a row in pieces in the backward."""
+    for rows, d, frozen in ((8192, 768, False), (4096, 4096, True), (1024, 12288, False)):
+        x = torch.empty(2 * rows, d, dtype=dtype, device="meta")
+        w, b, w_t, b_t = (torch.empty(d, dtype=dtype, device="meta") for _ in range(4))
+        directions = dict(weight_t=None, bias_t=None) if frozen else dict(weight_t=w_t, bias_t=b_t)
+        yield "dual_layer_norm", dict(x=x, weight=w, bias=b, **directions, eps=1e-5)

@@ -8,56 +8,107 @@ import torch.nn.functional as F
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops.dual_linear_cross_entropy import reference as plain
+from u2a_kernels.ops.dual_linear_cross_entropy import triton as kernels
 from u2a_kernels.testing import randn
 
-SHAPES = {  # tokens, d, V
-    "direction": (5, 7, 11),
-    "no-direction": (4, 3, 5),
-    "one": (1, 1, 2),
-    "tiles": (3, 5, 8195),
-    "empty": (0, 3, 5),
-    "ignored": (2, 3, 5),
+SHAPES = {  # tokens, d, V, direction, bias, bias's direction, softcap
+    "direction": (5, 7, 11, True, False, False, None),
+    "capped": (5, 7, 37, True, True, True, 2.0),
+    "bias": (4, 3, 5, False, True, False, None),
+    "cap": (7, 5, 131, False, False, False, 30.0),
+    "no-direction": (4, 3, 5, False, False, False, None),
+    "one": (1, 1, 1, True, True, True, 30.0),
+    "two": (1, 1, 2, False, False, False, None),
+    "blocks": (67, 33, 1100, True, False, False, None),
+    "tiles": (3, 5, 2053, True, False, False, None),
+    "empty": (0, 3, 5, False, True, False, None),
+    "ignored": (2, 3, 5, True, True, True, 1.0),
 }
 
 
 def inputs(variant, dtype):
-    n, d, vocab = SHAPES[variant]
+    n, d, vocab, direct, bias, bias_direct, softcap = SHAPES[variant]
     targets = (torch.arange(n) * 7 + 3) % vocab
     if variant == "ignored":
         targets[:] = -100
     elif n > 2:
         targets[2] = -100
-    direct = variant in ("direction", "tiles")
     return dict(
         h=randn(2 * n, d, seed=1, dtype=dtype),
         weight=randn(vocab, d, seed=2, dtype=dtype),
         targets=targets,
         weight_t=randn(vocab, d, seed=3, dtype=dtype) if direct else None,
+        bias=randn(vocab, seed=4, dtype=dtype) if bias else None,
+        bias_t=randn(vocab, seed=5, dtype=dtype) if bias_direct else None,
+        softcap=softcap,
     )
 
 
-def oracle(h, weight, targets, weight_t):
+def oracle(h, weight, targets, weight_t, bias=None, bias_t=None, softcap=None):
     primal, tangent = h.chunk(2)
-    weight_t = torch.zeros_like(weight) if weight_t is None else weight_t
     wide = torch.promote_types(h.dtype, torch.float32)
 
     def losses(z):
         return F.cross_entropy(z.to(wide), targets, ignore_index=-100, reduction="none")
 
-    def head(h, weight):
-        return F.linear(h, weight)
+    def head(h, weight, bias):
+        z = F.linear(h, weight, bias)
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
 
-    ends, directions = (primal, weight), (tangent, weight_t)
-    loss, loss_t = torch.func.jvp(lambda *a: losses(head(*a)), ends, directions)
-    z, z_t = torch.func.jvp(head, ends, directions)
+    ends = [primal, weight, bias]
+    directions = [
+        tangent,
+        torch.zeros_like(weight) if weight_t is None else weight_t,
+        bias_t if bias_t is not None or bias is None else torch.zeros_like(bias),
+    ]
+    if bias is None:
+        ends, directions = ends[:2], directions[:2]
+
+    def logits(*parameters):
+        return head(*parameters, *([None] if bias is None else []))
+
+    ends, directions = tuple(ends), tuple(directions)
+    loss, loss_t = torch.func.jvp(lambda *a: losses(logits(*a)), ends, directions)
+    z, z_t = torch.func.jvp(logits, ends, directions)
     gradient = torch.func.grad(lambda z: losses(z).sum())
     curvature = (torch.func.jvp(gradient, (z,), (z_t,))[1].to(wide) * z_t.to(wide)).sum(1)
     return loss, loss_t, curvature.detach()
 
 
+class Launched(torch.autograd.Function):
+    """An implementation's forward and backward in the op's place."""
+
+    @staticmethod
+    def forward(ctx, module, mode, softcap, targets, weight_t, bias_t, h, weight, bias):
+        args = h, weight, targets, weight_t, bias, bias_t, softcap or 0.0, mode
+        *values, stats, kept = module.forward(*args, True)
+        ctx.saved, ctx.module = (*args[:6], stats, *args[6:]), module
+        ctx.kept = kept
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx, a, b, _):
+        dw, db = ctx.module.backward(a, b, *ctx.saved)
+        kept, h = ctx.kept.float(), ctx.saved[0]
+        primal = b[:, None] * kept[0]
+        tangent = torch.zeros_like(primal)
+        if len(kept) == 2:
+            primal, tangent = primal + a[:, None] * kept[1], b[:, None] * kept[1]
+        dh = torch.cat([primal, tangent]).to(h.dtype)
+        return (None,) * 6 + (dh, dw, db if len(db) else None)
+
+
+def launched(module):
+    def call(h, weight, targets, weight_t, bias=None, bias_t=None, softcap=None, mode="hvp"):
+        return Launched.apply(module, mode, softcap, targets, weight_t, bias_t, h, weight, bias)
+
+    return call
+
+
 def op_args(a):
-    rows = a["h"].requires_grad and not a["weight"].requires_grad
-    return a["h"], a["weight"], a["targets"], a["weight_t"], "hvp", rows
+    names = ("h", "weight", "targets", "weight_t", "bias", "bias_t")
+    return *(a[n] for n in names), a["softcap"] or 0.0, "hvp", a["h"].requires_grad
 
 
 def spoil(args):
@@ -81,6 +132,21 @@ ERRORS = {
         lambda a: {**a, "weight_t": a["weight_t"].requires_grad_()},
         ValueError,
         r"dual_linear_cross_entropy: weight_t must not require grad",
+    ),
+    "bias": (
+        lambda a: {**a, "bias": torch.ones(3)},
+        ValueError,
+        r"dual_linear_cross_entropy: bias must be \[V\] = \[11\], got \[3\]",
+    ),
+    "bias-direction": (
+        lambda a: {**a, "bias_t": torch.ones(11)},
+        ValueError,
+        r"dual_linear_cross_entropy: bias_t must be None without bias",
+    ),
+    "softcap": (
+        lambda a: {**a, "softcap": -1.0},
+        ValueError,
+        r"dual_linear_cross_entropy: softcap must be None or a positive number, got -1.0",
     ),
     "targets-count": (
         lambda a: {**a, "targets": a["targets"][:-1]},
@@ -110,7 +176,7 @@ ERRORS = {
 }
 
 
-def case(name, differentiable, errors):
+def case(name, differentiable, errors, launchers):
     return Case(
         name=name,
         public=u2a_kernels.dual_linear_cross_entropy,
@@ -123,10 +189,37 @@ def case(name, differentiable, errors):
         spoil=spoil,
         errors=errors,
         grad_outputs=(0, 1),
+        launchers=launchers,
+        backward_launchers=launchers,
     )
 
 
+LAUNCHERS = {"triton": launched(kernels), "reference": launched(plain)}
 CASES = [
-    case("dual_linear_cross_entropy", ("h", "weight"), ERRORS),
-    case("dual_linear_cross_entropy-frozen", ("h",), {}),
+    case("dual_linear_cross_entropy", ("h", "weight", "bias"), ERRORS, LAUNCHERS),
+    case("dual_linear_cross_entropy-frozen", ("h",), {}, {}),
 ]
+
+
+def aot_inputs(dtype):
+    """The head of an 8B Llama with a tangent; a capped head with a bias, frozen."""
+    for name, n, d, v, direct, bias, softcap in (
+        ("dual_linear_cross_entropy", 4096, 4096, 128256, True, False, None),
+        ("dual_linear_cross_entropy-frozen", 4096, 2304, 256000, False, True, 30.0),
+    ):
+
+        def empty(*shape):
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        yield (
+            name,
+            dict(
+                h=empty(2 * n, d),
+                weight=empty(v, d),
+                targets=torch.empty(n, dtype=torch.int64, device="meta"),
+                weight_t=empty(v, d) if direct else None,
+                bias=empty(v) if bias else None,
+                bias_t=empty(v) if bias else None,
+                softcap=softcap,
+            ),
+        )

@@ -5,9 +5,18 @@ import torch.nn.functional as F
 
 import u2a_kernels
 from cases import Case
+from u2a_kernels.ops import dual_rms_norm as op
 from u2a_kernels.testing import randn
 
-SHAPES = {"direction": (6, 2, 7), "frozen": (4, 5), "one": (2, 1), "block": (6, 131)}
+SHAPES = {
+    "direction": (6, 2, 7),
+    "frozen": (4, 5),
+    "one": (2, 1),
+    "block": (6, 131),
+    "frozen-block": (146, 53),
+    "large": (4, 4097),
+    "empty": (0, 5),
+}
 
 
 def inputs(variant, dtype):
@@ -15,7 +24,7 @@ def inputs(variant, dtype):
     return dict(
         x=randn(*shape, seed=1, dtype=dtype),
         weight=randn(shape[-1], seed=2, dtype=dtype),
-        weight_t=None if variant == "frozen" else randn(shape[-1], seed=3, dtype=dtype),
+        weight_t=None if variant.startswith("frozen") else randn(shape[-1], seed=3, dtype=dtype),
         eps=1e-2,
     )
 
@@ -28,6 +37,28 @@ def oracle(x, weight, weight_t, eps):
             lambda x, w: F.rms_norm(x, w.shape, w, eps), (primal, weight), (tangent, weight_t)
         )
     )
+
+
+class Launched(torch.autograd.Function):
+    """The Triton launchers in the op's place, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, weight_t, eps):
+        ctx.save_for_backward(x, weight, weight_t)
+        ctx.eps = eps
+        return op.triton(x, weight, weight_t, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *op.triton_bwd(grad, *ctx.saved_tensors, ctx.eps, True), None, None
+
+
+def reference(x, weight, weight_t, eps):
+    return op.reference(x, weight, weight_t, eps)
+
+
+def triton(x, weight, weight_t, eps):
+    return Launched.apply(x, weight, weight_t, eps)
 
 
 def spoil(args):
@@ -47,6 +78,8 @@ CASES = [
         variants=list(SHAPES),
         differentiable=("x", "weight"),
         spoil=spoil,
+        launchers={"triton": triton, "reference": reference},
+        backward_launchers={"triton": triton},
         errors={
             "odd": (
                 lambda a: {**a, "x": a["x"][:3]},
@@ -66,3 +99,16 @@ CASES = [
         },
     )
 ]
+
+
+def aot_inputs(dtype):
+    """Query norms of heads of 128, 1B, 8B and 405B Llamas (the backward of the last in pieces)."""
+    for rows, d, frozen in (
+        (65536, 128, False),
+        (4096, 2048, True),
+        (4096, 4096, False),
+        (1024, 16384, False),
+    ):
+        x = torch.empty(2 * rows, d, dtype=dtype, device="meta")
+        w, w_t = (torch.empty(d, dtype=dtype, device="meta") for _ in range(2))
+        yield "dual_rms_norm", dict(x=x, weight=w, weight_t=None if frozen else w_t, eps=1e-6)

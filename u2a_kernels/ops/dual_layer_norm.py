@@ -2,18 +2,18 @@
 n_t = xc_t s + xc s_t; y = w n + b, y_t = w n_t + w_t n + b_t. xc is x less its mean.
 
 Written by hand because torch's own layer_norm tangent is wrong under nested jvp.
-Saved for backward: the inputs.
+Code and backward in `_norm`. Saved for backward: the inputs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from u2a_kernels import _norm, _norm_triton
 from u2a_kernels._checks import check_floats, check_size
-from u2a_kernels._dual import check_directions, check_halves, fresh, halves, join
+from u2a_kernels._dual import check_directions, check_halves, fresh
 from u2a_kernels._library import define
-from u2a_kernels._segments import accum_dtype
+from u2a_kernels._triton import cuda_launcher
 
 
 def dual_layer_norm(
@@ -60,88 +60,42 @@ def dual_layer_norm(
     return _dual_layer_norm(x, weight, bias, weight_t, bias_t, eps)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(-1, keepdim=True)
-
-
-def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s, s_t and the normalised halves n, n_t."""
-    xa, x_t = halves(x.to(accum_dtype(x)))
-    xc, xc_t = xa - _mean(xa), x_t - _mean(x_t)
-    s = torch.rsqrt(_mean(xc * xc) + eps)
-    s_t = -(s**3) * _mean(xc * xc_t)
-    return s, s_t, xc * s, xc_t * s + xc * s_t
-
-
 def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_t: Tensor | None,
-    bias_t: Tensor | None,
-    eps: float,
-) -> Tensor:
-    acc = accum_dtype(x)
-    _, _, n, n_t = _normalise(x, eps)
-    w = weight.to(acc)
-    y, y_t = n * w, n_t * w
-    if bias is not None:
-        y += bias.to(acc)
-    if weight_t is not None:
-        y_t.addcmul_(n, weight_t.to(acc))
-    if bias_t is not None:
-        y_t += bias_t.to(acc)
-    return join(y, y_t, x)
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_t: Tensor | None,
+    bias_t: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    return _norm.reference(x, weight, bias, weight_t, bias_t, eps, True)
 
 
 def reference_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_t: Tensor | None,
-    eps: float,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accum_dtype(x)
-    s, s_t, n, n_t = _normalise(x, eps)
-    g_t, g = halves(grad.to(acc))
-    w = weight.to(acc)
-    a, a_t = g * w, g_t * w
-    if weight_t is not None:
-        a_t.addcmul_(g, weight_t.to(acc))
-    c1, c2 = _mean(a), _mean(a * n)
-    c1_t, c2_t = _mean(a_t), _mean(a_t * n + a * n_t)
-    u = a - c1 - n * c2
-    u_t = a_t - c1_t - n_t * c2 - n * c2_t
-    dw, db = weight.new_empty(0), weight.new_empty(0)
-    if weight_grad:
-        dw = (g_t * n + g * n_t).flatten(0, -2).sum(0).to(weight.dtype)
-    if bias_grad:
-        db = g_t.flatten(0, -2).sum(0).to(weight.dtype)
-    return join(s_t * u + s * u_t, s * u, x), dw, db
+    grad: Tensor, x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float,
+    weight_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _norm.reference_bwd(grad, x, weight, weight_t, eps, True, weight_grad, bias_grad)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    weight_t: Tensor | None,
-    bias_t: Tensor | None,
-    eps: float,
-) -> Tensor:
+def triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, weight_t: Tensor | None,
+    bias_t: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    return _norm_triton.forward(x, weight, bias, weight_t, bias_t, eps, True)
+
+
+def triton_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float,
+    weight_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _norm_triton.backward(grad, x, weight, weight_t, eps, True, weight_grad, bias_grad)
+
+
+def _fake(x: Tensor, *rest: Tensor | float | None) -> Tensor:
     return fresh(x)
 
 
 def _fake_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_t: Tensor | None,
-    eps: float,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float,
+    weight_grad: bool, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d = weight.shape[0]
     return fresh(x), weight.new_empty(d * weight_grad), weight.new_empty(d * bias_grad)
 
@@ -151,6 +105,7 @@ _dual_layer_norm_bwd = define(
     " bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)",
     reference=reference_bwd,
     fake=_fake_bwd,
+    cuda=cuda_launcher(triton_bwd),
 )
 
 
@@ -170,6 +125,7 @@ _dual_layer_norm = define(
     " float eps) -> Tensor",
     reference=reference,
     fake=_fake,
+    cuda=cuda_launcher(triton),
     backward=_backward,
     setup_context=_setup,
 )

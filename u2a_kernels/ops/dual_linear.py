@@ -3,11 +3,13 @@
 Both halves share one GEMM, so W is read once. Backward, with g the cotangent of the tangent half
 and g_t of the primal half: dx_t = g W, dx = g_t W + g W_t, dW = g_t^T x + g^T x_t, db = sum g_t.
 Saved for backward: the weights, and x only when W needs a gradient (its primal half alone in ggn).
+Products go to torch's own GEMM, directions are added in place by it: no copy, no wider type. No
+primal dW is formed: 3 products forward, 3 to x and 2 to W in the backward, 8 in all.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from u2a_kernels._checks import check_dim, check_floats, check_size
@@ -66,7 +68,7 @@ def dual_linear(
     return _dual_linear(x, weight, weight_t, bias, bias_t, mode)
 
 
-def reference(
+def forward(
     x: Tensor,
     weight: Tensor,
     weight_t: Tensor | None,
@@ -74,18 +76,19 @@ def reference(
     bias_t: Tensor | None,
     mode: str,
 ) -> Tensor:
-    y = F.linear(x, weight).contiguous()
+    rows = x.flatten(0, -2)
+    y = rows @ weight.mT
     primal, tangent = halves(y)
     if weight_t is not None:
-        tangent += F.linear(halves(x)[0], weight_t)
-    if bias is not None:
+        tangent.addmm_(halves(rows)[0], weight_t.mT)
+    if bias_t is not None and bias is not None:
+        y.unflatten(0, (2, -1)).add_(torch.stack([bias, bias_t])[:, None])
+    elif bias is not None:
         primal += bias
-    if bias_t is not None:
-        tangent += bias_t
-    return y
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def reference_bwd(
+def backward(
     grad: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -94,23 +97,24 @@ def reference_bwd(
     x_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g_t, g = halves(grad)
+    rows = grad.flatten(0, -2)
+    g_t, g = halves(rows)
     dx, dw, db = (weight.new_empty(0) for _ in range(3))
-    if x_grad:
-        dx = grad.new_empty(*grad.shape[:-1], weight.shape[1])
+    if x_grad and mode == "ggn":
+        dx = rows.new_empty(len(rows), weight.shape[1])
         primal, tangent = halves(dx)
-        if mode == "ggn":
-            primal.copy_(g_t @ weight)
-            tangent.zero_()
-        else:
-            dx.copy_(grad @ weight)
-            if weight_t is not None:
-                primal += g @ weight_t
+        torch.mm(g_t, weight, out=primal)
+        tangent.zero_()
+    elif x_grad:
+        dx = rows @ weight
+        if weight_t is not None:
+            halves(dx)[0].addmm_(g, weight_t)
+    if x_grad:
+        dx = dx.view(*grad.shape[:-1], weight.shape[1])
     if x is not None:
-        rows = (g_t if mode == "ggn" else grad).flatten(0, -2)
-        dw = weight.new_empty(weight.shape).copy_(rows.mT @ x.flatten(0, -2))
+        dw = (g_t if mode == "ggn" else rows).mT @ x.flatten(0, -2)
     if bias_grad:
-        db = g_t.flatten(0, -2).sum(0)
+        db = g_t.sum(0)
     return dx, dw, db
 
 
@@ -142,8 +146,10 @@ def _fake_bwd(
 _dual_linear_bwd = define(
     "dual_linear_bwd(Tensor grad, Tensor? x, Tensor weight, Tensor? weight_t, str mode,"
     " bool x_grad, bool bias_grad) -> (Tensor, Tensor, Tensor)",
-    reference=reference_bwd,
+    reference=backward,
     fake=_fake_bwd,
+    cuda=backward,
+    cuda_owner="cuBLAS",
 )
 
 
@@ -172,8 +178,10 @@ def _backward(ctx, grad):
 _dual_linear = define(
     "dual_linear(Tensor x, Tensor weight, Tensor? weight_t, Tensor? bias, Tensor? bias_t,"
     " str mode) -> Tensor",
-    reference=reference,
+    reference=forward,
     fake=_fake,
+    cuda=forward,
+    cuda_owner="cuBLAS",
     backward=_backward,
     setup_context=_setup,
 )

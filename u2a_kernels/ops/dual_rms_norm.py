@@ -1,18 +1,18 @@
 """RMSNorm on dual rows: r = (mean x^2 + eps)^-1/2, r_t = -r^3 mean(x x_t);
 y = w x r, y_t = w (x_t r + x r_t) + w_t x r.
 
-Backward in `reference_bwd`: four row scalars r, r_t, c, c_t. Saved for backward: the inputs.
+LayerNorm without centring: code and backward in `_norm`, where r is s. Saved: the inputs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from u2a_kernels import _norm, _norm_triton
 from u2a_kernels._checks import check_floats, check_size
-from u2a_kernels._dual import check_directions, check_halves, fresh, halves, join
+from u2a_kernels._dual import check_directions, check_halves, fresh
 from u2a_kernels._library import define
-from u2a_kernels._segments import accum_dtype
+from u2a_kernels._triton import cuda_launcher
 
 
 def dual_rms_norm(
@@ -51,50 +51,24 @@ def dual_rms_norm(
     return _dual_rms_norm(x, weight, weight_t, eps)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(-1, keepdim=True)
-
-
-def _stats(x: Tensor, x_t: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    r = torch.rsqrt(_mean(x * x) + eps)
-    return r, -(r**3) * _mean(x * x_t)
-
-
 def reference(x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float) -> Tensor:
-    acc = accum_dtype(x)
-    xa, x_t = halves(x.to(acc))
-    w = weight.to(acc)
-    r, r_t = _stats(xa, x_t, eps)
-    normed = xa * r
-    y_t = (x_t * r + xa * r_t) * w
-    if weight_t is not None:
-        y_t.addcmul_(normed, weight_t.to(acc))
-    return join(normed * w, y_t, x)
+    return _norm.reference(x, weight, None, weight_t, None, eps, False)
 
 
 def reference_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_t: Tensor | None,
-    eps: float,
-    weight_grad: bool,
+    grad: Tensor, x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    acc = accum_dtype(x)
-    xa, x_t = halves(x.to(acc))
-    g_t, g = halves(grad.to(acc))
-    w = weight.to(acc)
-    r, r_t = _stats(xa, x_t, eps)
-    a, a_t = g * w, g_t * w
-    if weight_t is not None:
-        a_t.addcmul_(g, weight_t.to(acc))
-    c, c_t = _mean(xa * a), _mean(x_t * a + xa * a_t)
-    dx_t = r * a - r**3 * c * xa
-    dx = r_t * a + r * a_t - r**3 * (c_t * xa + c * x_t) - 3 * r**2 * r_t * c * xa
-    dw = weight.new_empty(0)
-    if weight_grad:
-        dw = (g_t * xa * r + g * (x_t * r + xa * r_t)).flatten(0, -2).sum(0).to(weight.dtype)
-    return join(dx, dx_t, x), dw
+    return _norm.reference_bwd(grad, x, weight, weight_t, eps, False, weight_grad, False)[:2]
+
+
+def triton(x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float) -> Tensor:
+    return _norm_triton.forward(x, weight, None, weight_t, None, eps, False)
+
+
+def triton_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return _norm_triton.backward(grad, x, weight, weight_t, eps, False, weight_grad, False)[:2]
 
 
 def _fake(x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float) -> Tensor:
@@ -102,12 +76,7 @@ def _fake(x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float) -> Ten
 
 
 def _fake_bwd(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    weight_t: Tensor | None,
-    eps: float,
-    weight_grad: bool,
+    grad: Tensor, x: Tensor, weight: Tensor, weight_t: Tensor | None, eps: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
     return fresh(x), fresh(weight) if weight_grad else weight.new_empty(0)
 
@@ -117,6 +86,7 @@ _dual_rms_norm_bwd = define(
     " bool weight_grad) -> (Tensor, Tensor)",
     reference=reference_bwd,
     fake=_fake_bwd,
+    cuda=cuda_launcher(triton_bwd),
 )
 
 
@@ -135,6 +105,7 @@ _dual_rms_norm = define(
     "dual_rms_norm(Tensor x, Tensor weight, Tensor? weight_t, float eps) -> Tensor",
     reference=reference,
     fake=_fake,
+    cuda=cuda_launcher(triton),
     backward=_backward,
     setup_context=_setup,
 )

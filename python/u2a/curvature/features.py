@@ -13,6 +13,7 @@ from u2a.dual_modules import path
 from u2a.index.engine import capture
 from u2a.index.packed import Packed, pack
 from u2a.index.spec import Full
+from u2a.losses.base import refuse_partner
 from u2a.products import Loss, Refs, with_refs
 from u2a.tree import Tree, flatten, numel, trainable, unflatten
 
@@ -43,6 +44,7 @@ def turned(model: nn.Module) -> set[str]:
 
 def row_features(model: nn.Module, batches: Sequence[Batch], loss: Loss, ref: Refs) -> Tensor:
     """Gradients of every row's loss `[n, p]`, columns in the order of `trainable`."""
+    refuse_partner(loss, "row_features")
     like, flipped = trainable(model), turned(model)
     parts = []
     with capture(model, Full()) as run:

@@ -16,6 +16,7 @@ from u2a.batch import Batch
 from u2a.curvature.base import Curvature
 from u2a.curvature.features import row_features
 from u2a.linearize import Linearized, Mode, linearize
+from u2a.losses.base import refuse_partner
 from u2a.products import Batches, Loss, Refs, ggnvp, gradient, hvp, jvp_scores, quadratic
 from u2a.tree import Tree, trainable
 
@@ -81,6 +82,7 @@ class ModelCurvature(Curvature):
 
     def _part(self, chosen: Tensor) -> Self:
         """The same on the rows of these numbers (ascending), weighted to keep the expectation."""
+        refuse_partner(self.loss, "sampled")
         weights = None if self.weights is None else self.weights * (self.rows / len(chosen))
         taken: list[Batch] = []
         refs: Any = self.ref if self.ref is None or isinstance(self.ref, Tensor) else []

@@ -17,6 +17,7 @@ from u2a.curvature.model import EmpiricalFisher, ModelCurvature, Stream
 from u2a.index.engine import Capture
 from u2a.index.packed import Packed, hidden_states, running
 from u2a.index.taps import LOGITS
+from u2a.losses.base import refuse_partner
 from u2a.products import Loss, Refs, _adjoint, _weighted, with_refs
 from u2a_kernels import linear_logp
 
@@ -51,6 +52,7 @@ def sources(operator: Any) -> tuple[nn.Module, list[Source]]:
             "kfac: factors are made from a model, wanted a GaussNewton, Hessian, EmpiricalFisher "
             f"or a Sum of them, got {type(operator).__name__}"
         )
+    refuse_partner(operator.loss, "kfac")
     labels: Labels = "data" if isinstance(operator, EmpiricalFisher) else "sampled"
     op = operator
     return op.model, [Source(op._batches, op.loss, op.weights, op.ref, labels)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,14 +34,27 @@ def make_tokenizer(texts: list[str], vocab_size: int = 768) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=PAD)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+@dataclass(frozen=True)
+class Shape:
+    """Of the Llama that is trained; the default has 0.3M parameters."""
+
+    hidden: int = 96
+    intermediate: int = 0  # 8/3 of hidden
+    layers: int = 2
+    heads: int = 4
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, shape: Shape | None = None
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
+    shape = shape or Shape()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate or 8 * shape.hidden // 3,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         max_position_embeddings=64,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
@@ -83,6 +97,7 @@ def train_base(
     steps: int = 400,
     batch_size: int = 64,
     lr: float = 4e-3,
+    shape: Shape | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Path:
     """Trains on `corpus["base"]` and saves model and tokenizer under `out`, which it returns.
@@ -93,7 +108,7 @@ def train_base(
     lines = corpus["base"].read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     tokenizer = make_tokenizer([row["prompt"] + row["completion"] for row in rows])
-    model = make_model(tokenizer, seed)
+    model = make_model(tokenizer, seed, shape)
     ids, labels = _encode(tokenizer, rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)

@@ -14,6 +14,7 @@ from u2a.batch import AnswerLogps, Pair, Row, buckets
 from u2a.index.engine import Capture, Loss, capture
 from u2a.index.packed import moved, pack
 from u2a.index.spec import Spec
+from u2a.losses.base import refuse_partner
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def run_rows(
     mode: Any = nullcontext()
     if settings.autocast is not None:
         mode = torch.autocast(device.type, settings.autocast)
+    refuse_partner(loss, "features")
     if not rows:
         raise ValueError("features: rows must hold at least one row, got none")
     found: Tensor | None = None

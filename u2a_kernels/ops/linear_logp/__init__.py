@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a_kernels._checks import check_dim, check_floats, check_size, check_targets, wanted
+from u2a_kernels._checks import (
+    check_dim,
+    check_floats,
+    check_size,
+    check_softcap,
+    check_targets,
+    wanted,
+)
 from u2a_kernels._library import define, refusal
 from u2a_kernels._segments import accum_dtype
 from u2a_kernels._triton import cuda_launcher
@@ -60,8 +67,7 @@ def linear_logp(
     """
     op = "linear_logp"
     check_head(op, h, weight, targets, bias)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise wanted(op, "softcap", "None or a positive number", softcap)
+    check_softcap(op, softcap)
     if not 0 < temperature < float("inf"):
         raise wanted(op, "temperature", "a positive number", temperature)
     grad_h = torch.is_grad_enabled() and h.requires_grad

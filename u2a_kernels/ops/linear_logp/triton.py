@@ -10,17 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from u2a_kernels._triton import cast_to, dot_dtype, dot_precision, tanh, tl, triton
-
-SCRATCH_ELEMENTS = 1 << 27
-
-
-@triton.jit
-def _map(a, softcap, temperature, HAS_CAP: tl.constexpr):
-    """z = softcap tanh(a / softcap) / temperature."""
-    if HAS_CAP:
-        a = softcap * tanh(a / softcap)
-    return a / temperature
+from u2a_kernels._logits import SCRATCH_ELEMENTS, capped, mm32, share
+from u2a_kernels._triton import cast_to, dot_dtype, dot_precision, tl, triton
 
 
 @triton.jit
@@ -57,7 +48,7 @@ def _tile_kernel(
             z = tl.dot(bh.to(DOT), bw.to(DOT), z, input_precision=PREC)
         if HAS_BIAS:
             z += tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(v[None, :] < V, _map(z, softcap, temperature, HAS_CAP), float("-inf"))
+        z = tl.where(v[None, :] < V, capped(z, softcap, HAS_CAP) / temperature, float("-inf"))
         new = tl.maximum(top, tl.max(z, axis=1))
         shift = tl.where(new == float("-inf"), 0.0, new)  # no -inf - -inf
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
@@ -115,7 +106,7 @@ def _row_kernel(
             z = tl.load(a + n * sa + c, mask=c < C, other=0.0)
             if HAS_BIAS:
                 z += tl.load(bias + v0 + c, mask=c < C, other=0.0).to(tl.float32)
-            z = tl.where(c < C, _map(z, softcap, temperature, HAS_CAP), float("-inf"))
+            z = tl.where(c < C, capped(z, softcap, HAS_CAP) / temperature, float("-inf"))
             new = tl.maximum(top, tl.max(z, axis=0))
             shift = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), axis=0)
@@ -134,7 +125,7 @@ def _row_kernel(
         z = tl.load(a + n * sa + c, mask=c < C, other=0.0)
         if HAS_BIAS:
             z += tl.load(bias + v0 + c, mask=c < C, other=0.0).to(tl.float32)
-        z = _map(z, softcap, temperature, HAS_CAP)
+        z = capped(z, softcap, HAS_CAP) / temperature
         g = scale * (tl.where(c + v0 == t, 1.0, 0.0) - tl.exp(z - norm))
         if HAS_CAP:
             tanh = z * (temperature / softcap)
@@ -153,18 +144,6 @@ def config(n: int, v: int, d: int, itemsize: int) -> dict[str, int]:
     per = triton.cdiv(tiles, min(tiles, triton.cdiv(264, triton.cdiv(n, bn))))
     splits, warps = triton.cdiv(tiles, per), 8 if wide else 4
     return dict(BN=bn, BV=bv, BD=bd, splits=splits, v_per_split=per * bv, num_warps=warps)
-
-
-def _share(length: int, other: int) -> int:
-    """How much of one side of [N, V] is in scratch at once: an eighth of it at most."""
-    return max(1, min(SCRATCH_ELEMENTS // other, triton.cdiv(length, 8)))
-
-
-def _mm32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result; on a GPU without fp32 copies of half-precision operands."""
-    if a.dtype != torch.float32 and a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def _rows(
@@ -191,9 +170,9 @@ def forward(
     if n == 0:
         return logp, lse, unit
     if grad_h:
-        size = _share(n, v)
+        size = share(n, v, SCRATCH_ELEMENTS)
         for r in (slice(s, s + size) for s in range(0, n, size)):
-            a = _mm32(h[r], weight.T)
+            a = mm32(h[r], weight.T)
             g = a if h.dtype == torch.float32 else torch.empty_like(a, dtype=h.dtype)
             _rows(a, g, bias, targets[r], None, lse[r], logp[r], 0, v, softcap, temperature)
             torch.mm(g, weight, out=unit[r])
@@ -224,9 +203,9 @@ def backward(
     targets, grad = targets.contiguous(), grad.contiguous()
     bias = None if bias is None else bias.contiguous()
     x = torch.where((targets != -100)[:, None], h, 0)  # an ignored row may hold anything
-    size = _share(v, n)
+    size = share(v, n, SCRATCH_ELEMENTS)
     for c in (slice(s, min(v, s + size)) for s in range(0, v, size)):
-        a = _mm32(x, weight[c].T)
+        a = mm32(x, weight[c].T)
         g = a if h.dtype == torch.float32 else torch.empty_like(a, dtype=h.dtype)
         _rows(a, g, bias, targets, grad, lse, None, c.start, v, softcap, temperature)
         torch.mm(g.T, x, out=dw[c])

@@ -1,0 +1,106 @@
+"""Every way to choose weights, at one total weight and one budget: name -> weights `[n]`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from u2a.adapter import adapter_disabled
+from u2a.benchmark.predicted import SOLVERS
+from u2a.benchmark.task import Task
+from u2a.bilevel import Plan, bilevel
+from u2a.evaluate import mean_nll
+from u2a.interactions import pool_gradients
+from u2a.select import equal_weights, low_likelihood_k, random_k, threshold, topk, uniform
+
+Selector = Callable[[Task, float, int], Tensor]
+
+
+def _loop(growth: str, **options: object) -> Selector:
+    def choose(task: Task, total: float, budget: int) -> Tensor:
+        plan = Plan(budget, total, growth=growth, **{"blocks": 8, **options})  # type: ignore[arg-type]
+        return bilevel(task.outer, plan).weights
+
+    return choose
+
+
+def _one_shot(solver: str) -> Selector:
+    def choose(task: Task, total: float, budget: int) -> Tensor:
+        outer = dataclasses.replace(task.outer, settings=SOLVERS[solver])
+        gain = outer.gains(torch.zeros(task.n))[0].gain
+        return equal_weights(task.n, topk(gain, budget), total)
+
+    return choose
+
+
+def _trace(task: Task, total: float, budget: int) -> Tensor:
+    """Weights in proportion to positive first-order scores, H = I (arXiv 2511.02623)."""
+    outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
+    return threshold(outer.gains(torch.zeros(task.n))[0].gain, total).float()
+
+
+def _cosine(task: Task, total: float, budget: int) -> Tensor:
+    """The top by the angle between grad J and the candidate's gradient alone."""
+    outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
+    gain = outer.gains(torch.zeros(task.n))[0].gain
+    return equal_weights(
+        task.n, topk(gain / pool_gradients(outer).norm(dim=1).cpu(), budget), total
+    )
+
+
+def _grad_norm(task: Task, total: float, budget: int) -> Tensor:
+    norm = pool_gradients(task.outer).norm(dim=1).cpu()
+    return equal_weights(task.n, topk(norm, budget, float("-inf")), total)
+
+
+def _low_likelihood(task: Task, total: float, budget: int) -> Tensor:
+    with adapter_disabled(task.model):
+        nll = mean_nll(task.model, task.work.data.forget, task.tokens)
+    return equal_weights(task.n, low_likelihood_k(nll, budget), total)
+
+
+def _oracle(task: Task, total: float, budget: int) -> Tensor:
+    """What no method may know: `budget` candidates of the planted harmful class."""
+    harmful = torch.tensor([i for i, k in enumerate(task.planted) if k == "harmful"])
+    order = torch.randperm(len(harmful), generator=torch.Generator().manual_seed(task.seed))
+    return equal_weights(task.n, harmful[order[:budget]].tolist(), total)
+
+
+def _identity(task: Task, total: float, budget: int) -> Tensor:
+    outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
+    return bilevel(outer, Plan(budget, total, blocks=8)).weights
+
+
+SELECTORS: dict[str, Selector] = {
+    "u2a greedy": _loop("greedy"),
+    "u2a pursuit": _loop("pursuit"),
+    "u2a mirror": _loop("greedy", rounds=4, eta=0.7),
+    "u2a greedy, H = I": _identity,
+    "top-k GGN": _one_shot("ggn"),
+    "top-k EK-FAC": _one_shot("ekfac"),
+    "top-k H = I": _one_shot("identity"),
+    "official code": _loop("official", rounds=3, eta=0.01),
+    "cosine": _cosine,
+    "TRACE weights": _trace,
+    "uniform": lambda task, total, budget: uniform(task.n, total),
+    "random": lambda task, total, budget: equal_weights(
+        task.n, random_k(task.n, budget, task.seed), total
+    ),
+    "low likelihood": _low_likelihood,
+    "gradient norm": _grad_norm,
+    "oracle class": _oracle,
+}
+
+
+def chosen(task: Task, name: str, total: float, budget: int) -> tuple[Tensor, float]:
+    """(weights, seconds); the model ends at theta*(0)."""
+    task.back()
+    began = time.perf_counter()
+    weights = SELECTORS[name](task, total, budget)
+    seconds = time.perf_counter() - began
+    task.back()
+    return weights, seconds

@@ -1,0 +1,174 @@
+"""Markdown tables and pictures of what the validation benchmark measured."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from u2a.benchmark.task import SCALE
+from u2a.plots import STYLE, _png, plt
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def report(out: Path, rows: Mapping[str, Rows]) -> None:
+    """validation.md, predicted.png and alignment.png under `out`."""
+    parts = ["# Validation\n", predicted_table(rows["predicted"]), alignment_table(rows)]
+    parts += [noise_table(rows["alignment"]), class_table(rows["alignment"])]
+    parts.append(detection_table(rows["detection"]))
+    (out / "validation.md").write_text("\n".join(p for p in parts if p), encoding="utf-8")
+    (out / "predicted.png").write_bytes(predicted_picture(rows["predicted"]))
+    (out / "alignment.png").write_bytes(alignment_picture(rows["alignment"]))
+
+
+def mean(rows: Rows, by: Sequence[str], of: str) -> dict[tuple[Any, ...], list[float]]:
+    """{group: values over seeds}."""
+    found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        found[tuple(row[b] for b in by)].append(row[of])
+    return dict(found)
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)]) + "\n"
+
+
+def predicted_table(rows: Rows) -> str:
+    """Spearman(predicted, realised), mean over seeds, a row per loss, design and weight."""
+    if not rows:
+        return ""
+    found = mean(rows, ("loss", "design", "weight", "estimator"), "rho")
+    names = list(dict.fromkeys(r["estimator"] for r in rows))
+    body = [
+        (*map(str, at), *(f"{fmean(found[*at, n]):.3f}" for n in names))
+        for at in dict.fromkeys((r["loss"], r["design"], r["weight"]) for r in rows)
+    ]
+    seeds = len({r["seed"] for r in rows})
+    title = f"## Predicted against realised gain: Spearman, mean of {seeds} seeds\n\n"
+    return title + table(["loss", "unlearnt", "weight", *names], body)
+
+
+def alignment_table(rows: Mapping[str, Rows]) -> str:
+    """Test J gained at equal utility: mean over seeds per loss, area over the total weights."""
+    found = rows["alignment"]
+    if not found:
+        return ""
+    noise = max(r["noise"] for r in found)
+    shown = [r for r in found if r["noise"] == noise]
+    gains = mean(shown, ("loss", "selector", "total"), "gain")
+    epochs = mean(shown, ("selector",), "epochs")
+    losses = list(dict.fromkeys(r["loss"] for r in shown))
+    totals = sorted({r["total"] / SCALE[r["loss"]] for r in shown})
+    upper = mean([r for r in rows["upper"] if r["noise"] == noise], ("loss",), "gain")
+    body = []
+    for name in dict.fromkeys(r["selector"] for r in shown):
+        cells = []
+        for loss in losses:
+            over = [fmean(gains[loss, name, s * SCALE[loss]]) for s in totals]
+            cells.append(f"**{fmean(over):+.3f}** ({' '.join(f'{x:+.2f}' for x in over)})")
+        body.append((name, *cells, f"{fmean(epochs[name,]):.0f}"))
+    if upper:
+        body.append(("DPO on the pairs", *(f"{fmean(upper[loss,]):+.3f}" for loss in losses), ""))
+    title = (
+        f"## Test J gained at equal utility ({noise:.0%} mislabelled)\n\nBold: mean over total "
+        f"weights of {', '.join(map(str, totals))} in NPO's unit; in brackets each; last "
+        "column: cost of selecting, in epochs over the candidates.\n\n"
+    )
+    return title + table(["selector", *losses, "epochs"], body)
+
+
+def noise_table(rows: Rows) -> str:
+    """Mean gain over total weights, per share of mislabelled candidates, and what noise costs."""
+    levels = sorted({r["noise"] for r in rows})
+    loss = next((r["loss"] for r in rows if r["noise"] == levels[0]), "")
+    gains = mean([r for r in rows if r["loss"] == loss], ("selector", "noise"), "gain")
+    names = [n for n in dict.fromkeys(r["selector"] for r in rows) if (n, levels[0]) in gains]
+    if len(levels) < 2:
+        return ""
+    body = []
+    for name in names:
+        values = [fmean(gains[name, level]) for level in levels]
+        body.append((name, *(f"{v:+.3f}" for v in values), f"{values[0] - values[-1]:+.3f}"))
+    head = ["selector", *(f"{level:.0%}" for level in levels), "lost"]
+    return f"## Mislabelled candidates, {loss}\n\n" + table(head, body)
+
+
+def class_table(rows: Rows) -> str:
+    """Share of weight by planted class, mean over everything measured."""
+    if not rows:
+        return ""
+    kinds = sorted({k for r in rows for k in r["shares"]})
+    body = []
+    for name in dict.fromkeys(r["selector"] for r in rows):
+        mine = [r["shares"] for r in rows if r["selector"] == name]
+        body.append((name, *(f"{fmean(s.get(k, 0.0) for s in mine):.2f}" for k in kinds)))
+    return "## Share of the weight by planted class\n\n" + table(["selector", *kinds], body)
+
+
+def detection_table(rows: Rows) -> str:
+    if not rows:
+        return ""
+    found = mean(rows, ("estimator", "noise"), "auroc")
+    levels = sorted({r["noise"] for r in rows})
+    body = [
+        (name, *(f"{fmean(found[name, x]):.3f}" for x in levels))
+        for name in dict.fromkeys(r["estimator"] for r in rows)
+    ]
+    head = ["estimator", *(f"{x:.0%}" for x in levels)]
+    return "## Mislabelled candidates found by a low gain: AUROC\n\n" + table(head, body)
+
+
+def predicted_picture(rows: Rows) -> bytes:
+    """Spearman over the weight, a panel per design, a line per estimator, band over seeds."""
+    designs = list(dict.fromkeys(r["design"] for r in rows)) or ["single"]
+    names = list(dict.fromkeys(r["estimator"] for r in rows))
+    found = mean(rows, ("design", "estimator", "weight"), "rho")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(designs), figsize=(4.2 * len(designs), 3.8), sharey=True, squeeze=False
+        )
+        for axis, design in zip(axes[0], designs, strict=True):
+            for i, name in enumerate(names):
+                at = sorted({w for d, n, w in found if (d, n) == (design, name)})
+                middle = [fmean(found[design, name, w]) for w in at]
+                spread = [pstdev(found[design, name, w]) for w in at]
+                colour = f"C{i}"
+                axis.plot(at, middle, "o-", color=colour, label=name, markersize=4)
+                low = [m - s for m, s in zip(middle, spread, strict=True)]
+                high = [m + s for m, s in zip(middle, spread, strict=True)]
+                axis.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
+            axis.set(title=design, xscale="log", xlabel="weight of each candidate")
+        axes[0][0].set_ylabel("Spearman(predicted, realised)")
+        axes[0][-1].legend(fontsize=8, loc="lower left")
+        figure.tight_layout()
+        return _png(figure)
+
+
+def alignment_picture(rows: Rows) -> bytes:
+    """Test J gained over the total weight, a panel per loss."""
+    losses = list(dict.fromkeys(r["loss"] for r in rows)) or ["npo"]
+    noise = max((r["noise"] for r in rows), default=0.0)
+    shown = [r for r in rows if r["noise"] == noise]
+    found = mean(shown, ("loss", "selector", "total"), "gain")
+    names = list(dict.fromkeys(r["selector"] for r in shown))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(losses), figsize=(4.2 * len(losses), 4), sharey=True, squeeze=False
+        )
+        for axis, loss in zip(axes[0], losses, strict=True):
+            for i, name in enumerate(names):
+                at = sorted({s for lo, n, s in found if (lo, n) == (loss, name)})
+                ours = name.startswith("u2a")
+                axis.plot(
+                    at, [fmean(found[loss, name, s]) for s in at], "o-" if ours else ".--",
+                    color=f"C{i % 10}", linewidth=2 if ours else 1, label=name,
+                )  # fmt: skip
+            axis.set(title=loss, xscale="log", xlabel="total weight")
+        axes[0][0].set_ylabel("test J gained at equal utility")
+        axes[0][-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        figure.tight_layout()
+        return _png(figure)

@@ -1,0 +1,56 @@
+"""Weight updates on the support, and the procedure of the authors' public code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from u2a.bilevel.loop import Loop
+from u2a.select import WeightSet, equal_weights, exponentiated_gradient, projected_ascent, topk
+
+
+def improve(loop: Loop) -> None:
+    """Weight updates on the support."""
+    plan = loop.plan
+    for k in range(plan.rounds if loop.stopped != "J fell" else 0):
+        support = loop.weights > 0
+        if not support.any():
+            return
+        scores, solution = loop.gains()
+        gain = scores.gain.double()
+        if plan.penalty is not None:
+            gain = gain - plan.penalty.gradient(loop.weights)
+        if not loop.settle(f"{plan.update} {k + 1}", _update(loop, gain, k), scores.gain, solution):
+            return
+
+
+def _update(loop: Loop, gain: Tensor, k: int) -> Tensor:
+    plan, w = loop.plan, loop.weights
+    eta = plan.eta / (k + 1) ** 0.5
+    support, total = w > 0, float(w.sum())
+    centred = gain - gain[support].mean()
+    size = float(centred[support].abs().max().clamp_min(1e-30))
+    if plan.update == "mirror":
+        return exponentiated_gradient(w, gain, eta / size, total, cap=plan.largest)
+    new = torch.zeros_like(w)
+    into = WeightSet(total, max(plan.largest, total / int(support.sum())))
+    step = eta * plan.share / size
+    new[support] = projected_ascent(w[support], centred[support], step, into)
+    return new
+
+
+def official(loop: Loop) -> None:
+    """Stage A: top-k, w = total / k. Stage B: w <- w exp(-eta gain) on the support, mean weight
+    as before; gains with A = I, as published."""
+    plan = loop.plan
+    for k in range(1 + plan.rounds):
+        scores, solution = loop.gains()
+        gain = scores.gain
+        if k == 0:
+            chosen = topk(gain, plan.budget, float("-inf"))
+            new = equal_weights(len(gain), chosen, plan.total_weight)
+        else:
+            new = exponentiated_gradient(
+                loop.weights, gain, plan.eta, plan.total_weight, compat="official"
+            )
+        loop.settle(f"official {k}", new, gain, solution)

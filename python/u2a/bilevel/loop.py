@@ -1,0 +1,87 @@
+"""The state of the outer loop: weights so far, a record per round, the best state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from u2a.adapter import snapshot
+from u2a.bilevel.plan import Plan
+from u2a.outer import Outer
+from u2a.scan import Scores
+from u2a.solve import Solution
+
+
+class Loop:
+    """The weights so far, a record per round, and the best state by J on validation data."""
+
+    def __init__(self, outer: Outer, plan: Plan) -> None:
+        self.outer, self.plan = outer, plan
+        n = len(outer.problem.forget)
+        self.weights = self.best = torch.zeros(n)
+        self.first = torch.zeros(0)
+        self.gone = torch.zeros(n, dtype=torch.bool)
+        self.state = snapshot(outer.model)
+        self.stopped = "budget"
+        self.records: list[dict[str, Any]] = []
+        values = self._values()
+        self.J = values["J_validation"]
+        self.records.append({"round": "start", "support": 0, "added": 0, **values})
+
+    def _values(self) -> dict[str, float]:
+        outer = self.outer
+        return {"J": outer.value(), "J_validation": outer.value(outer.validation)}
+
+    def gains(self) -> tuple[Scores, Solution]:
+        scores, solution = self.outer.gains(self.weights)
+        self.first = scores.gain if not self.first.numel() else self.first
+        return scores, solution
+
+    def settle(self, name: str, new: Tensor, gain: Tensor, solution: Solution) -> bool:
+        """Inner solve for the weights and a record of the round; False when the loop must end."""
+        outer, before = self.outer, self.weights
+        facts = outer.resolve(outer.problem.with_weights(new))
+        values = self._values()
+        row = {
+            "round": name,
+            "support": int((new > 0).sum()),
+            "effective_support": float(new.sum() ** 2 / new.square().sum()),
+            "added": int(((new > 0) & ~(before > 0)).sum()),
+            **values,
+            "predicted": float(((new - before) * gain).sum()),
+            "realised": values["J"] - self.records[-1]["J"],
+            "positive": float((gain > 0).float().mean()),
+            "residual": solution.residual,
+            "iterations": solution.iterations,
+            "negative_curvature": solution.negative_curvature,
+            "damping": solution.damping,
+            "solve": solution.note,
+            **facts,
+        }
+        self.records.append(row)
+        outer.say("round", **row)
+        if values["J_validation"] > self.J:
+            self.J, self.best = values["J_validation"], new.clone()
+            self.state = snapshot(outer.model)
+        if not row["realised"] >= -self.plan.tolerance:
+            self.stopped = "J fell"
+            return False
+        self.weights = self._leave(new)
+        return True
+
+    def _leave(self, weights: Tensor) -> Tensor:
+        """Without the rows that are finished."""
+        support = weights.nonzero().flatten().tolist()
+        if self.plan.finished is None or not support:
+            return weights
+        rows = [self.outer.problem.forget[i] for i in support]
+        done = self.plan.finished(self.outer.model, rows).bool().cpu()
+        gone = torch.tensor(support)[done]
+        if len(gone):
+            self.gone[gone] = True
+            self.records[-1]["left"] = len(gone)
+        kept = weights.clone()
+        kept[gone] = 0
+        return kept

@@ -1,0 +1,114 @@
+"""The validation benchmark on a model that has hardly been trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from u2a.benchmark import run as benchmark
+from u2a.benchmark import task as tasks
+from u2a.benchmark.predicted import Prediction, designs
+from u2a.benchmark.selectors import SELECTORS, chosen
+from u2a.benchmark.task import Task, sizes
+from u2a.select import uniform
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        preset = tasks.Preset(tasks.Shape(hidden=32, layers=1, heads=2), 25, 4e-3)
+        patch.setitem(tasks.PRESETS, "small", preset)
+        yield Task(tmp_path_factory.mktemp("task"), loss="npo", seed=0, noise=0.2)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.2])
+def test_noise_is_the_share_of_mislabelled_candidates(noise):
+    found = sizes(noise)
+    pool = found.harmful + found.mislabelled + found.duplicate + found.unrelated
+    assert pool == 216 and found.mislabelled == round(noise * 216)
+
+
+def test_designs_are_drawn_once_and_without_repetition():
+    found = designs(50, 3, 6, {8: 4, 32: 2})
+    assert found == designs(50, 3, 6, {8: 4, 32: 2}) != designs(50, 4, 6, {8: 4, 32: 2})
+    assert Counter({k: len(v) for k, v in found.items()}) == {
+        "single": 6, "group of 8": 4, "group of 32": 2,
+    }  # fmt: skip
+    assert all(len(set(s)) == 32 for s in found["group of 32"])
+
+
+def test_a_prediction_with_interactions():
+    w = torch.tensor([0.5, 2.0])
+    gain, q = torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 1.0], [1.0, 0.0]]).double()
+    assert Prediction(gain).of(w) == pytest.approx(-1.5)
+    assert Prediction(gain, q).of(w) == pytest.approx(-1.5 + 0.25 + 1.0)
+
+
+def test_outcome_is_mixed_back_to_the_utility_bound(task, monkeypatch):
+    start = {n: t.clone() for n, t in task.start.items()}
+    assert task.outcome().gain == pytest.approx(0, abs=1e-6)
+    task.solve(uniform(task.n, 40.0))
+    moved = {n: p.detach().clone() for n, p in task.model.named_parameters() if n in start}
+    raw = task._perplexity() / task.ppl
+    bound = 1 + (raw - 1) / 2
+    assert raw > 1
+    monkeypatch.setattr(tasks, "UTILITY", bound)
+    found = task.outcome()
+    assert found.raw_ratio == pytest.approx(raw) and 0 < found.mix < 1
+    assert bound * 0.99 < found.ratio <= bound
+    for name, p in task.model.named_parameters():
+        if name in start:
+            assert torch.equal(p, start[name]) and not torch.equal(moved[name], start[name])
+
+
+@pytest.mark.parametrize("name", [n for n in SELECTORS if not n.startswith("u2a")])
+def test_baselines_spend_the_total_on_at_most_the_budget(task, name):
+    weights, seconds = chosen(task, name, 0.5, 20)
+    assert float(weights.sum()) == pytest.approx(0.5, rel=1e-4) and seconds > 0
+    everybody = name in ("uniform", "TRACE weights")
+    assert everybody or int((weights > 0).sum()) == 20
+    if name == "oracle class":
+        assert task.shares(weights)["harmful"] == pytest.approx(1.0)
+    assert sum(task.shares(weights).values()) == pytest.approx(1.0)
+
+
+def test_rows_are_kept_and_tables_written(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(name):
+        def measure(task, *args):
+            asked.append(name)
+            base = {"seed": 0, "loss": "npo", "noise": 0.2}
+            rows = {
+                "predicted": base | {"design": "single", "weight": 0.1, "estimator": "ggn",
+                                     "rho": 0.5, "low": 0.1, "high": 0.9},
+                "alignment": base | {"total": 0.72, "selector": "uniform", "gain": 0.25,
+                                     "epochs": 1.0, "shares": {"harmful": 1.0}},
+                "detection": base | {"estimator": "ggn", "auroc": 0.75},
+                "upper": base | {"selector": "DPO", "gain": 0.5},
+            }[name]  # fmt: skip
+            return rows if name == "upper" else [rows]
+
+        return measure
+
+    monkeypatch.setattr(benchmark, "Task", lambda *a, **k: None)
+    monkeypatch.setattr(benchmark, "predicted_against_realised", fake("predicted"))
+    monkeypatch.setattr(benchmark, "alignment", fake("alignment"))
+    monkeypatch.setattr(benchmark, "detection", fake("detection"))
+    monkeypatch.setattr(benchmark, "upper_reference", fake("upper"))
+    benchmark.validate(tmp_path, quick=True)
+    first = len(asked)
+    assert Counter(asked) == {"predicted": 1, "alignment": 4, "detection": 1, "upper": 1}
+    text = (tmp_path / "validation.md").read_text()
+    for words in ("| npo | single | 0.1 | 0.500 |", "**+0.250** (+0.25)", "| ggn | 0.750 |"):
+        assert words in text, words
+    assert (tmp_path / "predicted.png").read_bytes()[:4] == b"\x89PNG"
+    row = json.loads((tmp_path / "upper.jsonl").read_text())
+    assert row["gain"] == 0.5
+    benchmark.validate(tmp_path, quick=True)
+    assert len(asked) == first, "what is kept is not measured again"
+    with pytest.raises(ValueError, match="size must be one of small, medium, large; got 'tiny'"):
+        benchmark.validate(tmp_path, size="tiny")

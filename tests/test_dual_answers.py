@@ -1,0 +1,84 @@
+"""From hidden states of stacked rows to log-probabilities of a batch's answers: every kind of head.
+
+The oracle is torch.func.jvp of float64 logits, and autograd through that.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import jvp
+from torch.nn import functional as F
+
+from u2a.batch import Row, collate
+from u2a.dual import Dual
+from u2a.logps import dual_logps
+from u2a_kernels.testing import randn
+
+BATCH = collate([Row("a", (1, 2), (3, 4, 5)), Row("b", (5,), (0,)), Row("c", (2, 2, 1), (6, 6))])
+ROW, AT = BATCH.answer.nonzero(as_tuple=True)
+HEADS = {"plain": (False, None), "bias": (True, None), "bias-cap": (True, 2.0), "cap": (False, 2.0)}
+
+
+def values(p, cap):
+    """(logits `[n, V]`, log-probabilities `[n]`) of the answers; p["h"] the hidden states."""
+    z = F.linear(p["h"][ROW, AT - 1], p["weight"], p.get("bias"))
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    return z, torch.log_softmax(z, -1).gather(1, BATCH.ids[ROW, AT, None])[:, 0]
+
+
+def case(bias, trainable):
+    """Hidden states and head, of which `trainable` have a direction."""
+    shapes = dict(h=(3, 5, 4), weight=(7, 4), **(dict(bias=(7,)) if bias else {}))
+    p = {n: randn(*s, seed=1 + i, dtype=torch.float64) for i, (n, s) in enumerate(shapes.items())}
+    p = {n: t.requires_grad_(n == "h" or trainable) for n, t in p.items()}
+    v = {n: randn(*t.shape, seed=9 + i, dtype=t.dtype) for i, (n, t) in enumerate(p.items())}
+    return p, v if trainable else {**{n: torch.zeros_like(t) for n, t in v.items()}, "h": v["h"]}
+
+
+def ours(p, v, cap, mode):
+    """(stacked h and the head's parameters, what `dual_logps` says of them)."""
+    trainable = p["weight"].requires_grad
+    head = nn.Linear(4, 7, bias="bias" in p, dtype=torch.float64).requires_grad_(trainable)
+    head.load_state_dict({n: t for n, t in p.items() if n != "h"})
+    h = torch.cat([p["h"], v["h"]]).detach().requires_grad_()
+    directions = [v.get(n) if trainable else None for n in ("weight", "bias")]
+    run = Dual(lambda **_: SimpleNamespace(last_hidden_state=h), head, directions[0], mode)
+    run = Dual(run.backbone, head, directions[0], mode, directions[1], cap)
+    lp, logp_t, curvature = dual_logps(run, BATCH)
+    return {"h": h, **dict(head.named_parameters())}, (lp.logp, logp_t, curvature)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("name", HEADS)
+def test_answers_of_stacked_rows(name, trainable):
+    bias, cap = HEADS[name]
+    p, v = case(bias, trainable)
+    logp, logp_t = jvp(lambda p: values(p, cap)[1], (p,), (v,))
+    z, z_t = jvp(lambda p: values(p, cap)[0], (p,), (v,))
+    prob = torch.softmax(z, -1)
+    u = (prob * (z_t - (prob * z_t).sum(-1, keepdim=True))).detach()
+    a, b = (torch.arange(len(ROW), dtype=torch.float64).add(k).cos() for k in (0, 3))
+    at = [n for n in p if p[n].requires_grad]
+    want = {  # (cotangent of h, weight, bias; of the tangent half of h)
+        "hvp": ((a * logp + b * logp_t).sum(), (b * logp).sum()),
+        "ggn": (-(b[:, None] * u * z).sum(), None),
+    }
+    for mode, (total, tangent) in want.items():
+        leaves, got = ours(p, v, cap, mode)
+        for x, y in zip(got, (logp, logp_t, (u * z_t).sum(-1)), strict=True):
+            close(x, y)
+        sent = (a * got[0] + b * got[1]).sum()
+        found = torch.autograd.grad(sent, [leaves[n] for n in at])
+        exact = torch.autograd.grad(total, [p[n] for n in at], retain_graph=True)
+        half = torch.zeros_like(p["h"])
+        if tangent is not None:
+            (half,) = torch.autograd.grad(tangent, p["h"], retain_graph=True)
+        close(found[0], torch.cat([exact[0], half]))
+        for x, y in zip(found[1:], exact[1:], strict=True):
+            close(x, y)
