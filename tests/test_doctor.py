@@ -51,20 +51,18 @@ def test_a_model_by_path(folder):
 
 
 def test_a_wrong_formula_is_found(folder, monkeypatch):
-    """A product rule without one of its terms."""
-    config = make("gemma").config
-    right = u2a.dual_mlp.product
+    """A tangent that is a tenth too small."""
+    right = u2a.dual_mlp.dual_glu
 
-    def product(a, b):
-        (p, _), (q, q_t) = a.chunk(2), b.chunk(2)
-        return torch.cat([p * q, p * q_t])
+    def halved(gate, up, activation):
+        y, y_t = right(gate, up, activation).chunk(2)
+        return torch.cat([y, 0.9 * y_t])
 
-    monkeypatch.setattr(u2a.dual_mlp, "product", product)
+    monkeypatch.setattr(u2a.dual_mlp, "dual_glu", halved)
     ward = subject.Subject(None, str(folder), None)
-    ward.config = config
     found = list(subject.layers(ward))
-    assert "gemma layer: Hessian product" in wrong(found) and exit_code(found) == 6
-    monkeypatch.setattr(u2a.dual_mlp, "product", right)
+    assert "llama layer: Hessian product" in wrong(found) and exit_code(found) == 6
+    monkeypatch.setattr(u2a.dual_mlp, "dual_glu", right)
     assert not wrong(subject.layers(ward))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from u2a.dual import dual
 from u2a.linearize import Linearized
 from u2a.logps import dual_logps
+from u2a.losses.base import refuse_partner
 from u2a.products import Batches, Loss, Refs, _adjoint, _per_row, _sequence, with_refs
 
 Kind = Literal["ggn", "hessian"]
@@ -44,6 +45,7 @@ def per_example_curvature(
     """
     if kind not in ("ggn", "hessian"):
         raise ValueError(f"per_example_curvature: kind must be 'ggn' or 'hessian', got {kind!r}")
+    refuse_partner(loss, "per_example_curvature")
     found = _sequence(batches)
     parts = []
     if kind == "ggn":

@@ -20,6 +20,7 @@ from u2a.index.spec import Rule, Spec
 from u2a.index.taps import _sums
 from u2a.linearize import Linearized
 from u2a.linearize.head import Parts
+from u2a.losses.base import refuse_partner
 from u2a.products import Batches, Loss, Refs, _sequence, with_refs
 
 
@@ -110,6 +111,7 @@ def hvp_features(
 
     Equivalent: the features of ``u2a.hvp(model, collate([row_i]), loss, v)`` for every row i.
     """
+    refuse_partner(loss, "hvp_features")
     chosen, found = _chosen(model, exclude), _sequence(batches)
     at = {
         id(p): (weight_shape(module, p), p)

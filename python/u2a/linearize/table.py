@@ -7,19 +7,20 @@ needs nothing. `TWINS` has a handler for each dual handler that sets a forward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from u2a import dual_mlp, dual_modules, dual_moe
+from u2a import dual_lora, dual_mlp, dual_modules, dual_moe
 from u2a.dual_modules import Refused, Site, path
 from u2a.dual_table import TABLE
 from u2a.linearize.attention import make_attention
 from u2a.linearize.linear import Embedding, Grouped, Linear
 from u2a.linearize.nonlinear import Norm, Pointwise, Stacked
 from u2a.linearize.session import Constant, Session
-from u2a_kernels import dual_swiglu
+from u2a_kernels import dual_glu
 
 NAME = "u2a_linearize"
 Attributes = dict[str, Any]
@@ -98,28 +99,28 @@ def activation(module: nn.Module, session: Session) -> Attributes:
     return {"forward": lambda x: session.run(lambda: Pointwise(session, fn), x)}
 
 
-def _product(session: Session, a: Tensor, b: Tensor) -> Tensor:
-    return session.run(lambda: Pointwise(session, dual_mlp.product), a, b)
-
-
-def _gated(session: Session, act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    if path(type(act)) in dual_mlp.SILU:
-        return session.run(lambda: Pointwise(session, dual_swiglu), gate, up)
-    return _product(session, act(gate), up)
+def glu(session: Session, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """f(gate) * up of one shape and dtype."""
+    fn = partial(dual_glu, activation=activation)
+    return session.run(lambda: Pointwise(session, fn), gate, up)
 
 
 def gated_mlp(module: Any, session: Session) -> Attributes:
+    name = dual_mlp.named(module.act_fn)
+
     def forward(x: Tensor) -> Tensor:
         gate, up = module.gate_proj(x), module.up_proj(x)
-        return module.down_proj(_gated(session, module.act_fn, gate, up))
+        return module.down_proj(glu(session, gate, up, name))
 
     return {"forward": forward}
 
 
 def packed_mlp(module: Any, session: Session) -> Attributes:
+    name = dual_mlp.named(module.activation_fn)
+
     def forward(x: Tensor) -> Tensor:
         gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
-        return module.down_proj(_gated(session, module.activation_fn, gate, up))
+        return module.down_proj(glu(session, gate, up, name))
 
     return {"forward": forward}
 
@@ -175,7 +176,7 @@ def router(module: Any, session: Session) -> Attributes:
 
 
 def experts(module: Any, session: Session) -> Attributes:
-    count = module.gate_up_proj.shape[0]
+    count, name = module.gate_up_proj.shape[0], dual_mlp.named(module.act_fn)
 
     def plan(chosen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Pairs sorted by expert: their tokens, where they came from, ends, their examples."""
@@ -191,32 +192,30 @@ def experts(module: Any, session: Session) -> Attributes:
         x = session.split(h)[:, token].flatten(0, 1)
         session.owner = owner
         both = session.run(lambda: Grouped(session, module.gate_up_proj, ends), x)
-        inner = _gated(session, module.act_fn, *both.chunk(2, dim=-1))
+        inner = glu(session, *both.chunk(2, dim=-1), name)
         y = session.run(lambda: Grouped(session, module.down_proj, ends), inner)
         session.owner = None
         y = session.split(y)[:, back].reshape(h.shape[0], scores.shape[1], -1)
-        return _product(session, y, scores[..., None].expand_as(y)).sum(1).to(h.dtype)
+        scores = scores[..., None].expand_as(y)
+        return glu(session, scores, y.to(scores.dtype), "identity").sum(1).to(h.dtype)
 
     return {"forward": forward}
-
-
-def _sigmoid(rows: Tensor) -> Tensor:
-    z, z_t = rows.chunk(2)
-    s = torch.sigmoid(z)
-    return torch.cat([s, s * (1 - s) * z_t])
 
 
 def shared_and_sparse(module: Any, session: Session) -> Attributes:
     def forward(h: Tensor) -> Tensor:
         flat = h.flatten(0, -2)
         _, scores, chosen = module.gate(flat)
-        z = module.shared_expert_gate(flat)
-        gate = session.run(lambda: Pointwise(session, _sigmoid), z)
-        shared = module.shared_expert(flat)
-        out = module.experts(flat, chosen, scores)
-        return (out + _product(session, gate.expand_as(shared), shared)).view_as(h)
+        gate, shared = module.shared_expert_gate(flat), module.shared_expert(flat)
+        shared = glu(session, gate.expand_as(shared), shared, "sigmoid")
+        return (module.experts(flat, chosen, scores) + shared).view_as(h)
 
     return {"forward": forward}
+
+
+def untouched(module: Any, session: Session) -> Attributes:
+    """Parts that are linear in their rows and have handlers of their own."""
+    return {}
 
 
 TWINS: dict[Any, Handler | None] = {
@@ -232,22 +231,20 @@ TWINS: dict[Any, Handler | None] = {
     dual_modules.opt_attention: attention,
     dual_modules.gpt2_attention: attention,
     dual_moe.olmoe_attention: attention,
-    dual_mlp.gelu: activation,
-    dual_mlp.relu: activation,
+    dual_mlp.activation: activation,
+    dual_lora.lora_linear: untouched,
     dual_mlp.gated_mlp: gated_mlp,
     dual_mlp.packed_mlp: packed_mlp,
     dual_moe.router: router,
     dual_moe.experts: experts,
     dual_moe.shared_and_sparse: shared_and_sparse,
     # Nothing to add: the dual handler's own answer, an error where it sets one.
-    dual_mlp.gate_only: None,
     dual_modules.capped_causal_lm: None,
     dual_modules.nothing: None,
     dual_modules.dropout: None,
     dual_modules.layer: None,
     dual_modules.opt_layer: None,
     dual_modules.opt_decoder: None,
-    dual_modules.lora_linear: None,
     dual_modules.causal_lm: None,
     dual_modules.peft_model: None,
     dual_moe.sparse: None,
