@@ -192,7 +192,8 @@ def experts(module: Any, session: Session) -> Attributes:
         x = session.split(h)[:, token].flatten(0, 1)
         session.owner = owner
         both = session.run(lambda: Grouped(session, module.gate_up_proj, ends), x)
-        inner = glu(session, *both.chunk(2, dim=-1), name)
+        gate, up = both.chunk(2, dim=-1)
+        inner = glu(session, gate, up, name)
         y = session.run(lambda: Grouped(session, module.down_proj, ends), inner)
         session.owner = None
         y = session.split(y)[:, back].reshape(h.shape[0], scores.shape[1], -1)
