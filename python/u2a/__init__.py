@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from u2a.bilevel import bilevel
-    from u2a.curvature import GaussNewton, Hessian, Sum
+    from u2a.curvature import GaussNewton, Hessian, Sum, symmetry
     from u2a.dual import dual
+    from u2a.linearize import linearize
+    from u2a.per_example import per_example_curvature
     from u2a.products import answer_logps, ggnvp, gradient, hvp, jvp_scores
     from u2a.scan import scan
     from u2a.select import select
@@ -34,9 +36,12 @@ _HOME = {
     "gradient": "products",
     "hvp": "products",
     "jvp_scores": "products",
+    "linearize": "linearize",
+    "per_example_curvature": "per_example",
     "scan": "scan",
     "select": "select",
     "solve": "solve",
+    "symmetry": "curvature",
 }
 __all__ = [
     "GaussNewton",
@@ -50,9 +55,12 @@ __all__ = [
     "gradient",
     "hvp",
     "jvp_scores",
+    "linearize",
+    "per_example_curvature",
     "scan",
     "select",
     "solve",
+    "symmetry",
 ]
 
 

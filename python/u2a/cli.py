@@ -150,6 +150,30 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")
         print(json.dumps(found, indent=1) if as_json else facts.table(found))
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model's folder or hub id.")] = None,
+    set_: Sets = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Check this machine, a model's products against float64 double backward, and the data.
+
+    Exit code 0 when all is well, 4 for the environment, 2 for a model or configuration that cannot
+    be used, 3 for the data, 6 for numbers that are wrong.
+    """
+    with _failures():
+        if config is not None and model is not None:
+            raise ConfigError("CONFIG and --model: wanted one of them", "command line")
+        cfg = None if config is None else _load(config, set_)
+        from u2a import doctor as ward
+
+        found = ward.examine(cfg, model)
+        print(json.dumps(ward.as_json(found), indent=1) if as_json else ward.table(found))
+        if code := ward.exit_code(found):
+            raise typer.Exit(code)
+
+
 def _terminated(*_: object) -> None:
     print("u2a: terminated; the same command continues", file=sys.stderr)
     raise SystemExit(75)

@@ -17,6 +17,21 @@ from u2a.grouped import grouped
 from u2a_kernels import dual_glu, dual_linear
 
 
+def top_scores(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Softmax of dual logits `[2N, E]`, the top k per row, their sum made 1 if `normalise`:
+    scores `[2N, k]` and the experts chosen by the primal rows, twice."""
+    z, z_t = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2)
+    p = torch.softmax(z, -1)
+    p_t = p * (z_t - (p * z_t).sum(-1, keepdim=True))
+    s, chosen = torch.topk(p, top_k, dim=-1)
+    s_t = p_t.gather(-1, chosen)
+    if normalise:
+        total = s.sum(-1, keepdim=True)
+        s = s / total
+        s_t = (s_t - s * s_t.sum(-1, keepdim=True)) / total
+    return torch.cat([s, s_t]), torch.cat([chosen, chosen])
+
+
 def router(module: Any, site: Site) -> dict[str, Any]:
     """Softmax over the experts, the top k, their sum made 1 where the model does so."""
     normalise, weight_t = getattr(module, "norm_topk_prob", True), site.tangent(module.weight)
@@ -24,16 +39,7 @@ def router(module: Any, site: Site) -> dict[str, Any]:
     def forward(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = h.reshape(-1, h.shape[-1])
         logits = dual_linear(h, module.weight, weight_t, mode=site.mode)
-        z, z_t = logits.to(torch.promote_types(h.dtype, torch.float32)).chunk(2)
-        p = torch.softmax(z, -1)
-        p_t = p * (z_t - (p * z_t).sum(-1, keepdim=True))
-        s, chosen = torch.topk(p, module.top_k, dim=-1)
-        s_t = p_t.gather(-1, chosen)
-        if normalise:
-            total = s.sum(-1, keepdim=True)
-            s = s / total
-            s_t = (s_t - s * s_t.sum(-1, keepdim=True)) / total
-        return logits, torch.cat([s, s_t]), torch.cat([chosen, chosen])
+        return logits, *top_scores(logits, module.top_k, normalise)
 
     return {"forward": forward}
 

@@ -6,6 +6,7 @@ interface (`u2a.curvature.base.Curvature`); `u2a.solve` takes any of them.
 
 from u2a.curvature.base import Curvature, Damped, Operator, Sum, as_scipy, dense, undamped
 from u2a.curvature.features import Diagonal, Features, row_features
+from u2a.curvature.gauge import symmetry
 from u2a.curvature.kfac import EKFAC, KFAC, fisher_diagonal
 from u2a.curvature.lanczos import Spectrum, lanczos
 from u2a.curvature.model import EmpiricalFisher, GaussNewton, Hessian, Stream
@@ -29,5 +30,6 @@ __all__ = [
     "fisher_diagonal",
     "lanczos",
     "row_features",
+    "symmetry",
     "undamped",
 ]

@@ -6,7 +6,7 @@ another one for every product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,13 +15,21 @@ from torch import Tensor, nn
 from u2a.batch import Batch
 from u2a.curvature.base import Curvature
 from u2a.curvature.features import row_features
+from u2a.linearize import Linearized, Mode, linearize
 from u2a.losses.base import refuse_partner
 from u2a.products import Batches, Loss, Refs, ggnvp, gradient, hvp, jvp_scores, quadratic
 from u2a.tree import Tree, trainable
 
 
 class ModelCurvature(Curvature):
-    """Curvature of sum_i w_i l_i (mean over rows without weights); arguments as `u2a.hvp`."""
+    """Curvature of sum_i w_i l_i (mean over rows without weights); arguments as `u2a.hvp`.
+
+    `linearize` (`GaussNewton` and `Hessian`): the first product holds the activations of all
+    batches, see `u2a.linearize`; then each costs less, and `matmat` shares them. `release` lets
+    them go.
+    """
+
+    mode: Mode | None = None
 
     def __init__(
         self,
@@ -33,12 +41,32 @@ class ModelCurvature(Curvature):
         ref: Refs = None,
         probes: int = 16,
         seed: int = 0,
+        linearize: bool = False,
     ) -> None:
+        if linearize and self.mode is None:
+            raise ValueError(f"{type(self).__name__}: linearize goes with GaussNewton and Hessian")
         if probes < 1:
             raise ValueError(f"{type(self).__name__}: probes must be at least 1, got {probes}")
         self.model, self.batches, self.loss = model, batches, loss
         self.weights, self.ref = weights, ref
-        self.probes, self.seed = probes, seed
+        self.probes, self.seed, self.linearize = probes, seed, linearize
+        self._held: Linearized | None = None
+
+    def held(self) -> Linearized:
+        """The linearised products, recorded on first use."""
+        assert self.mode is not None
+        if self._held is None:
+            self._held = linearize(
+                self.model, self.batches, self.loss, weights=self.weights, ref=self.ref,
+                mode=self.mode,
+            )  # fmt: skip
+        return self._held
+
+    def release(self) -> None:
+        self._held = None
+
+    def matmat(self, vs: Sequence[Tree]) -> list[Tree]:
+        return self.held().matmat(vs) if self.linearize else super().matmat(vs)
 
     @property
     def like(self) -> Mapping[str, Tensor]:
@@ -72,7 +100,7 @@ class ModelCurvature(Curvature):
                 refs.append(self.ref[i][at])  # type: ignore[index]
         return type(self)(
             self.model, taken, self.loss, weights=weights, ref=refs, probes=self.probes,
-            seed=self.seed,
+            seed=self.seed, linearize=self.linearize,
         )  # fmt: skip
 
     def sampled(self, rows: int, seed: int = 0) -> Self:
@@ -91,10 +119,16 @@ class GaussNewton(ModelCurvature):
     `mean_eigenvalue` costs dual forwards only; `diagonal` estimates below 0 are set to 0.
     """
 
+    mode = "ggn"
+
     def matvec(self, v: Tree) -> Tree:
+        if self.linearize:
+            return self.held().matvec(v)
         return ggnvp(self.model, self.batches, self.loss, v, weights=self.weights, ref=self.ref)
 
     def quadratic(self, v: Tree) -> float:
+        if self.linearize:
+            return self.held().quadratics([v])[0]
         return quadratic(self.model, self.batches, self.loss, v, weights=self.weights, ref=self.ref)
 
 
@@ -103,8 +137,11 @@ class Hessian(ModelCurvature):
     unless a damping is given as a number, or takes it as it is with "minres"."""
 
     definite = False
+    mode = "hvp"
 
     def matvec(self, v: Tree) -> Tree:
+        if self.linearize:
+            return self.held().matvec(v)
         return hvp(self.model, self.batches, self.loss, v, weights=self.weights, ref=self.ref)
 
 
@@ -179,7 +216,9 @@ class Stream(Curvature):
     def matvec(self, v: Tree) -> Tree:
         chosen = _drawn(self.operator.rows, self.size, self.seed, self.draw)
         self.draw += 1
-        return self.operator._part(chosen).matvec(v)
+        part = self.operator._part(chosen)
+        part.linearize = False  # one product each
+        return part.matvec(v)
 
     def mean_eigenvalue(self) -> float:
         return self._first.mean_eigenvalue()

@@ -5,6 +5,7 @@
 
 from u2a.index.build import Settings, features, query
 from u2a.index.engine import Capture, capture
+from u2a.index.hvp import hvp_features
 from u2a.index.modules import tokens
 from u2a.index.packed import Packed, pack
 from u2a.index.reader import Index
@@ -20,6 +21,7 @@ __all__ = [
     "Sketch",
     "capture",
     "features",
+    "hvp_features",
     "pack",
     "query",
     "tokens",

@@ -52,6 +52,7 @@ def solve(
     step: float | None = None,
     state: State | None = None,
     seed: int = 0,
+    check: bool = False,
 ) -> Solution: ...
 @overload
 def solve(
@@ -67,6 +68,7 @@ def solve(
     step: float | None = None,
     state: State | None = None,
     seed: int = 0,
+    check: bool = False,
 ) -> list[Solution]: ...
 def solve(
     operator: Operator | None,
@@ -81,6 +83,7 @@ def solve(
     step: float | None = None,
     state: State | None = None,
     seed: int = 0,
+    check: bool = False,
 ) -> Solution | list[Solution]:
     """Solve (A + damping I) x = rhs.
 
@@ -115,6 +118,8 @@ def solve(
         state: `Solution.state` of a call with the same arguments: goes on from there, bit for bit
             as if it had not stopped, with that call's damping.
         seed: of Nystrom's and Lanczos' random vectors and of sampled labels.
+        check: measure the symmetry of the operator at the solution by one more product, keep it in
+            `Solution.symmetry`, and warn in the log when rounding does not explain it.
 
     Raises:
         ValueError: unknown method or option, a damping that cannot be used, an operator without
@@ -125,6 +130,8 @@ def solve(
     many = not isinstance(rhs, Mapping)
     trees = list(rhs) if not isinstance(rhs, Mapping) else [rhs]
     _check(method, on_negative, operator, trees, precond, state)
+    if check and getattr(operator, "stochastic", False):
+        raise ValueError("solve: check needs a fixed operator, got a stream")
     system = System(operator, trees[0])
     b = torch.stack([system.flat(tree) for tree in trees])
     size = b.norm(dim=1)
@@ -144,7 +151,7 @@ def solve(
         if method == "minres" or min(found.low) > 0 or on_negative != "damp":
             break
         note, state = _raise_damping(system, damping, min(found.low), seed), None
-    solutions = report(method, system, b, size, found, note)
+    solutions = report(method, system, b, size, found, note, seed if check else None)
     return solutions if many else solutions[0]
 
 
