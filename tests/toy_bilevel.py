@@ -84,6 +84,9 @@ class Toy:
         theta = self.model.theta.detach()
         return float(self.c @ theta - self.q / 2 * theta @ theta)
 
+    def retain_perplexity(self):
+        return 1.0
+
     def resolve(self, w):
         self.last = w
         with torch.no_grad():

@@ -154,7 +154,8 @@ class SolveConfig(Section):
 
 class SelectConfig(Section):
     """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others rank
-    once. `tolerance`: the loop ends when J has fallen by more."""
+    once. `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`: when the retain
+    rows' perplexity has risen to more than this many times the start's."""
 
     method: Literal[
         "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random", "low-likelihood"
@@ -167,6 +168,7 @@ class SelectConfig(Section):
     mirror_steps: Annotated[int, Field(ge=0)] = 0
     eta: Positive = 1.0
     tolerance: NonNegative = 0.0
+    max_retain_ratio: Annotated[float, Field(gt=1)] = 1.05
 
 
 class UnlearnConfig(Section):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from u2a.batch import Row, row_batches
 from u2a.curvature import Damped, EmpiricalFisher, GaussNewton, Hessian, Sum
+from u2a.evaluate import perplexity
 from u2a.inner import InnerProblem
 from u2a.losses import LOSSES
 from u2a.objectives import Objective
@@ -61,6 +62,11 @@ class Outer:
     def value(self, objective: Objective | None = None) -> float:
         """J at the present parameters; higher is better."""
         return (objective or self.objective).value(self.model)
+
+    def retain_perplexity(self) -> float:
+        """Of the inner problem's retain rows, pooled; 1 where there are none."""
+        p = self.problem
+        return perplexity(self.model, p.retain, p.batch_tokens) if p.retain else 1.0
 
     def gradient(self) -> Tree:
         """grad J over the trainable parameters."""

@@ -106,7 +106,17 @@ def _classes(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 
 
 def _rounds(metrics: Mapping[str, Any]) -> str:
-    keys = ["round", "added", "support", "J", "J_validation", "positive", "residual", "iterations"]
+    keys = [
+        "round",
+        "added",
+        "support",
+        "J",
+        "J_validation",
+        "retain_ratio",
+        "positive",
+        "residual",
+        "iterations",
+    ]
     rows = [("", [r.get(k, "") for k in keys]) for r in metrics["rounds"]]
     return "<h2>Rounds of the outer loop</h2>" + _table(keys, rows)
 

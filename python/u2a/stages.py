@@ -113,6 +113,7 @@ class Run:
             plan = Plan(
                 budget, s.total_weight, min(s.blocks, budget), s.method, s.inverse, s.min_gain,
                 s.mirror_steps, "mirror", s.eta, tolerance=s.tolerance,
+                max_retain_ratio=s.max_retain_ratio,
             )  # fmt: skip
             found = bilevel(self.work.outer, plan)
             weights, rounds = found.weights, found.rounds

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from u2a.adapter import adapter_disabled
 from u2a.benchmark.predicted import SOLVERS
-from u2a.benchmark.task import Task
+from u2a.benchmark.task import UTILITY, Task
 from u2a.bilevel import Plan, bilevel
 from u2a.evaluate import mean_nll
 from u2a.interactions import pool_gradients
@@ -20,10 +21,13 @@ from u2a.select import equal_weights, low_likelihood_k, random_k, threshold, top
 Selector = Callable[[Task, float, int], Tensor]
 
 
+def _plan(budget: int, total: float, **options: Any) -> Plan:
+    return Plan(budget, total, **{"blocks": 8, "max_retain_ratio": UTILITY, **options})
+
+
 def _loop(growth: str, **options: object) -> Selector:
     def choose(task: Task, total: float, budget: int) -> Tensor:
-        plan = Plan(budget, total, growth=growth, **{"blocks": 8, **options})  # type: ignore[arg-type]
-        return bilevel(task.outer, plan).weights
+        return bilevel(task.outer, _plan(budget, total, growth=growth, **options)).weights
 
     return choose
 
@@ -72,7 +76,7 @@ def _oracle(task: Task, total: float, budget: int) -> Tensor:
 
 def _identity(task: Task, total: float, budget: int) -> Tensor:
     outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
-    return bilevel(outer, Plan(budget, total, blocks=8)).weights
+    return bilevel(outer, _plan(budget, total)).weights
 
 
 SELECTORS: dict[str, Selector] = {

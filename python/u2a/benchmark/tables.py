@@ -44,7 +44,10 @@ def predicted_table(rows: Rows) -> str:
     found = mean(rows, ("loss", "design", "weight", "estimator"), "rho")
     names = list(dict.fromkeys(r["estimator"] for r in rows))
     body = [
-        (*map(str, at), *(f"{fmean(found[*at, n]):.3f}" for n in names))
+        (
+            *map(str, at),
+            *(f"{fmean(found[*at, n]):.3f}" if (*at, n) in found else "" for n in names),
+        )
         for at in dict.fromkeys((r["loss"], r["design"], r["weight"]) for r in rows)
     ]
     seeds = len({r["seed"] for r in rows})

@@ -53,9 +53,13 @@ def sizes(noise: float) -> Sizes:
 
 @dataclass
 class Outcome:
-    """What unlearning with some weights did on held-out data, mixed back to the utility bound."""
+    """What unlearning with some weights did on held-out data, mixed back to the utility bound.
+
+    `validation`: the gain on the validation pairs, by which a user chooses the total weight.
+    """
 
     gain: float
+    validation: float
     ratio: float
     mix: float
     raw_gain: float
@@ -80,6 +84,7 @@ class Task:
         self.start = snapshot(self.model)
         self.test: Objective = self.work.objective(self.work.data.test)
         self.J = self.test.value(self.model)
+        self.validation_J = self.outer.value(self.outer.validation)
         self.ppl = self._perplexity()
         self.planted = [str(r.meta["planted"]) for r in self.work.data.forget]
 
@@ -117,8 +122,9 @@ class Task:
         mix = calibrate(lambda a: 1 / self._mixed(end, a), 1 - 1 / UTILITY, steps=8)
         ratio = self._mixed(end, mix)
         gain = self.test.value(self.model) - self.J
+        validation = self.outer.value(self.outer.validation) - self.validation_J
         self.back()
-        return Outcome(gain, ratio, mix, raw, raw_ratio)
+        return Outcome(gain, validation, ratio, mix, raw, raw_ratio)
 
     def _mixed(self, end: dict[str, Tensor], a: float) -> float:
         restore(self.model, {n: self.start[n].lerp(t, a) for n, t in end.items()})

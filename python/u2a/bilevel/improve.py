@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from u2a.adapter import snapshot
 from u2a.bilevel.loop import Loop
 from u2a.select import WeightSet, equal_weights, exponentiated_gradient, projected_ascent, topk
 
@@ -12,7 +16,7 @@ from u2a.select import WeightSet, equal_weights, exponentiated_gradient, project
 def improve(loop: Loop) -> None:
     """Weight updates on the support."""
     plan = loop.plan
-    for k in range(plan.rounds if loop.stopped != "J fell" else 0):
+    for k in range(0 if loop.stopped in ("J fell", "retain perplexity") else plan.rounds):
         support = loop.weights > 0
         if not support.any():
             return
@@ -41,8 +45,9 @@ def _update(loop: Loop, gain: Tensor, k: int) -> Tensor:
 
 def official(loop: Loop) -> None:
     """Stage A: top-k, w = total / k. Stage B: w <- w exp(-eta gain) on the support, mean weight
-    as before; gains with A = I, as published."""
-    plan = loop.plan
+    as before; gains with A = I, as published. The last weights are the answer: nothing is kept
+    from before, nothing ends it early."""
+    plan = loop.plan = replace(loop.plan, tolerance=math.inf, max_retain_ratio=math.inf)
     for k in range(1 + plan.rounds):
         scores, solution = loop.gains()
         gain = scores.gain
@@ -54,3 +59,5 @@ def official(loop: Loop) -> None:
                 loop.weights, gain, plan.eta, plan.total_weight, compat="official"
             )
         loop.settle(f"official {k}", new, gain, solution)
+        loop.J, loop.best = loop.records[-1]["J_validation"], new
+        loop.state = snapshot(loop.outer.model)

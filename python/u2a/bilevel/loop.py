@@ -26,13 +26,18 @@ class Loop:
         self.state = snapshot(outer.model)
         self.stopped = "budget"
         self.records: list[dict[str, Any]] = []
+        self.retained = outer.retain_perplexity()
         values = self._values()
         self.J = values["J_validation"]
         self.records.append({"round": "start", "support": 0, "added": 0, **values})
 
     def _values(self) -> dict[str, float]:
         outer = self.outer
-        return {"J": outer.value(), "J_validation": outer.value(outer.validation)}
+        return {
+            "J": outer.value(),
+            "J_validation": outer.value(outer.validation),
+            "retain_ratio": outer.retain_perplexity() / self.retained,
+        }
 
     def gains(self) -> tuple[Scores, Solution]:
         scores, solution = self.outer.gains(self.weights)
@@ -62,6 +67,9 @@ class Loop:
         }
         self.records.append(row)
         outer.say("round", **row)
+        if values["retain_ratio"] > self.plan.max_retain_ratio:
+            self.stopped = "retain perplexity"
+            return False
         if values["J_validation"] > self.J:
             self.J, self.best = values["J_validation"], new.clone()
             self.state = snapshot(outer.model)

@@ -38,6 +38,9 @@ class Plan:
         penalty: subtracted from J in the updates.
         tolerance: the loop ends when J has fallen by more than this since the last round; the
             weights of that round are dropped.
+        max_retain_ratio: the loop ends, without the weights of that round, when the perplexity of
+            the retain rows is above this many times what it was at the start. Ascent losses turn
+            from no effect to collapse within one block; this keeps what lies between.
         finished: (model, rows) -> bool per row; rows that are unlearnt far enough leave the support
             for good after a round (early exit per example, arXiv 2407.20271).
     """
@@ -54,6 +57,7 @@ class Plan:
     cap: float | None = None
     penalty: Penalty | None = None
     tolerance: float = float("inf")
+    max_retain_ratio: float = float("inf")
     finished: Finished | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class Plan:
             raise ValueError(f"bilevel: update must be one of {get_args(Update)}: {self.update!r}")
         if not 1 <= self.blocks <= self.budget:
             raise ValueError(f"bilevel: blocks must be in [1, {self.budget}], got {self.blocks}")
+        if not self.max_retain_ratio > 1:
+            raise ValueError(f"bilevel: max_retain_ratio must be > 1, got {self.max_retain_ratio}")
         if not self.total_weight > 0:
             raise ValueError(f"bilevel: total_weight must be > 0, got {self.total_weight}")
 
