@@ -235,7 +235,21 @@ def test_loop_ends_when_J_falls_and_keeps_the_best():
     assert found.stopped == "no positive gain" and not found.weights.any()
 
 
+def test_loop_ends_before_retain_perplexity_is_lost():
+    free = bilevel(Toy(seed=3), Plan(6, 0.6, blocks=3, rounds=1))
+    ratios = [r["retain_ratio"] for r in free.rounds]
+    assert ratios[0] == 1.0 and ratios[1] < ratios[2] < ratios[3]
+    toy = Toy(seed=3)
+    bound = (ratios[1] + ratios[2]) / 2
+    found = bilevel(toy, Plan(6, 0.6, blocks=3, rounds=1, max_retain_ratio=bound))
+    assert found.stopped == "retain perplexity" and len(found.rounds) == 3
+    assert int((found.weights > 0).sum()) == 2
+    assert toy.retain_perplexity() / 2.0 == pytest.approx(ratios[1])
+
+
 def test_plan_refuses():
+    with pytest.raises(ValueError, match="max_retain_ratio must be > 1, got 0.9"):
+        Plan(4, 1.0, max_retain_ratio=0.9)
     with pytest.raises(ValueError, match="growth must be one of"):
         Plan(4, 1.0, growth="gredy")
     with pytest.raises(ValueError, match=r"blocks must be in \[1, 4\], got 5"):

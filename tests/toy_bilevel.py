@@ -85,7 +85,8 @@ class Toy:
         return float(self.c @ theta - self.q / 2 * theta @ theta)
 
     def retain_perplexity(self):
-        return 1.0
+        """Rises with the distance from theta*(0) = 0."""
+        return 2.0 + float(self.model.theta.detach().norm())
 
     def resolve(self, w):
         self.last = w
