@@ -106,14 +106,17 @@ def realised(
 def relinearised(task: Task, total: float) -> dict[str, Prediction]:
     """Gains at theta*(w), w uniform of this total: where groups of that total lie around, and what
     the loop uses, which scores afresh at the weights so far."""
-    task.solve(uniform(task.n, total))
     at = uniform(task.n, total)
-    found = {
-        f"{name}, re-linearised": Prediction(
-            dataclasses.replace(task.outer, settings=SOLVERS[name]).gains(at)[0].gain
-        )
-        for name in ("identity", "ggn", "hessian")
-    }
+    task.solve(at)
+    found = {}
+    for name in ("identity", "ggn", "hessian"):
+        outer = dataclasses.replace(task.outer, settings=SOLVERS[name])
+        scores, solution = outer.gains(at)
+        found[f"{name}, re-linearised"] = Prediction(scores.gain)
+        if name == "ggn":
+            both = interactions(outer, at, solution, inverse="ekfac", second_order=True)
+            slope = scores.gain.double() - both.curvature @ at.double()  # in w, not in w - at
+            found["second order, re-linearised"] = Prediction(slope, both.curvature)
     task.back()
     return found
 
@@ -122,8 +125,7 @@ def predicted_against_realised(
     task: Task, weights: Sequence[float], singles: int, groups: dict[int, int]
 ) -> list[dict[str, Any]]:
     """A row per design, weight of each member and estimator: Spearman with its interval. For groups
-    it is the linear datamodelling score (arXiv 2303.14186); the order of predictions does not
-    depend on where on the mean of the groups they are counted from."""
+    it is the linear datamodelling score (arXiv 2303.14186)."""
     at_start, rows = predictions(task), []
     for design, sets in designs(task.n, task.seed, singles, groups).items():
         for weight in weights:
