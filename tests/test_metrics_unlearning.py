@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from u2a.batch import Row, collate
 from u2a.metrics import answers, memorisation, mia, tofu
 from u2a.metrics.estimate import mean
-from u2a.metrics.tokens import answer_tokens, moments, without_end
+from u2a.metrics.tokens import AnswerTokens, answer_tokens, moments, without_end
 
 log = math.log
 
@@ -165,8 +165,7 @@ def test_moments_of_three_tokens():
     # 1/2 (1/2)^2 + 1/2 (1/2)^2 = 1/4 in units of (log 2)^2
     p = d(0.5, 0.25, 0.25)
     logits = torch.stack([p.log() + 3, p.log(), d(0, 0, 0), d(0, -math.inf, -math.inf)])
-    logp, hit, center, spread = moments(logits, torch.tensor([0, 2, 1, 0]))
-    assert_close(logp, d(-log(2), -2 * log(2), -log(3), 0))
+    hit, center, spread = moments(logits, torch.tensor([0, 2, 1, 0]))
     assert hit.tolist() == [True, False, False, True]
     assert_close(center, d(-1.5 * log(2), -1.5 * log(2), -log(3), 0))
     assert_close(spread, d(log(2) / 2, log(2) / 2, 0, 0))
@@ -196,8 +195,12 @@ def test_answer_tokens_are_the_logits(family, block):
 
 
 def test_without_end_takes_one_eos_only():
-    data = [Row("a", (1,), (5, 2, 2)), Row("b", (1,), (2, 5)), Row("c", (1,), ())]
-    assert [r.answer_ids for r in without_end(data, 2)] == [(5, 2), (2, 5), ()]
+    data = [Row("a", (1,), (5, 2, 2)), Row("b", (1,), (2, 5)), Row("c", (1,), (2,))]
+    x = torch.arange(6.0)
+    got = without_end(AnswerTokens(x, x > 1, x + 1, x + 2, torch.tensor([3, 2, 1])), data, eos=2)
+    assert got.count.tolist() == [2, 2, 1] and got.logp.tolist() == [0, 1, 3, 4, 5]
+    assert got.hit.tolist() == [False, False, True, True, True]
+    assert got.mean.tolist() == [1, 2, 4, 5, 6] and got.std.tolist() == [2, 3, 5, 6, 7]
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -60,12 +60,15 @@ def over_refusal(answers: Sequence[str], words: Iterable[str] = REFUSAL_WORDS) -
     return mean(refused(answers, words))
 
 
-def cleanness(texts: Sequence[str], classifier: Classifier) -> Estimate:
-    """Mean probability of being sound text, by a classifier of gibberish (texts -> [0, 1] each).
+def clean(texts: Sequence[str], classifier: Classifier) -> Tensor:
+    """Probability that every text is sound `[n]`, by a classifier of gibberish (texts -> [0, 1]
+    each). Source: AltPO, arXiv 2409.13474."""
+    return _shares("clean", classifier(texts), len(texts))
 
-    Source: AltPO, arXiv 2409.13474.
-    """
-    return mean(_shares("cleanness", classifier(texts), len(texts)))
+
+def cleanness(texts: Sequence[str], classifier: Classifier) -> Estimate:
+    """Mean of `clean`."""
+    return mean(clean(texts, classifier))
 
 
 def _shares(op: str, found: Sequence[float], n: int) -> Tensor:

@@ -4,7 +4,7 @@ and the mean and spread of log-probabilities over the vocabulary there."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from u2a.adapter import evaluating
 from u2a.batch import Row, row_batches
 from u2a.dual import final_softcap, parts
 from u2a.logps import _moved
+from u2a_kernels import linear_logp
 
 LOGITS = 1 << 22
 
@@ -32,8 +33,8 @@ class AnswerTokens:
     count: Tensor
 
 
-def moments(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p_t, argmax = t, sum_v p_v log p_v, its spread) `[n]` of `logits [n, V]`, `target [n]`.
+def moments(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(argmax = t, sum_v p_v log p_v, its spread) `[n]` of `logits [n, V]`, `target [n]`.
 
     Ties for the most likely token go to the lowest id, as in greedy decoding.
     """
@@ -42,8 +43,7 @@ def moments(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     # 0 log 0 = 0
     mean = torch.where(p > 0, p * logp, 0.0).sum(-1)
     spread = torch.where(p > 0, p * (logp - mean[:, None]).square(), 0.0).sum(-1)
-    picked = logp.gather(1, target[:, None])[:, 0]
-    return picked, logits.argmax(-1) == target, mean, spread.sqrt()
+    return logits.argmax(-1) == target, mean, spread.sqrt()
 
 
 def answer_tokens(
@@ -56,8 +56,8 @@ def answer_tokens(
             batch meet the vocabulary in blocks of logits // V. Five float32 arrays of that many
             numbers are the peak, 80 MiB with the default.
 
-    The logits are in the model's dtype, as transformers computes them; the statistics in float32,
-    float64 for a float64 model.
+    `logp` is `u2a_kernels.linear_logp`'s. The logits for the rest are in the model's dtype, as
+    transformers computes them; statistics of them in float32, float64 for a float64 model.
     """
     if not rows:
         raise ValueError("answer_tokens: rows must hold at least one Row, got none")
@@ -80,9 +80,10 @@ def answer_tokens(
 def _facts(model: nn.Module, h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     _, head = parts(model)
     cap = final_softcap(model)
+    logp = linear_logp(h, head.weight, target, bias=head.bias, softcap=cap)
     z = nn.functional.linear(h, head.weight, head.bias)
     z = z if z.dtype == torch.float64 else z.float()
-    return moments(z if cap is None else cap * torch.tanh(z / cap), target)
+    return logp, *moments(z if cap is None else cap * torch.tanh(z / cap), target)
 
 
 def _joined(rows: Sequence[Sequence[Tensor]]) -> AnswerTokens:
@@ -91,11 +92,14 @@ def _joined(rows: Sequence[Sequence[Tensor]]) -> AnswerTokens:
     return AnswerTokens(logp.double(), hit, mean.double(), std.double(), count)
 
 
-def without_end(rows: Sequence[Row], eos: int) -> list[Row]:
-    """Rows without the end-of-sequence token that closes their answer, if one does."""
-    return [
-        replace(r, answer_ids=r.answer_ids[:-1]) if r.answer_ids[-1:] == (eos,) else r for r in rows
-    ]
+def without_end(tokens: AnswerTokens, rows: Sequence[Row], eos: int) -> AnswerTokens:
+    """Without the end-of-sequence token that closes an answer, where the answer has others: it
+    follows from the answer's end alone and says nothing of what is known."""
+    ends = torch.tensor([len(r.answer_ids) > 1 and r.answer_ids[-1] == eos for r in rows])
+    keep = torch.ones(len(tokens.logp), dtype=torch.bool)
+    keep[tokens.count.cumsum(0)[ends] - 1] = False
+    kept = (x[keep] for x in (tokens.logp, tokens.hit, tokens.mean, tokens.std))
+    return AnswerTokens(*kept, tokens.count - ends.long())
 
 
 def by_row(name: str, values: Tensor, count: Tensor) -> list[Tensor]:
