@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from u2a.demo.base_model import train_base
 from u2a.demo.corpus import Sizes, write_corpus
 from u2a.errors import ConfigError
 from u2a.evaluate import forget_nll
+from u2a.metrics import describe
 from u2a.workspace import Workspace
 
 SIZES = Sizes(
@@ -119,7 +122,7 @@ def test_results_have_the_shape_of_lm_eval(found, folder):
     assert got["higher_is_better"]["forget"]["prob"] is False
     assert got["higher_is_better"]["retain"]["prob"] is True
     assert got["config"]["adapter"] == str(folder / "adapter")
-    wants = {"privleak, mia_reference", "forget_quality"}
+    wants = {f"{k}: privleak, mia_reference" for k in ("mia", "tofu")} | {"forget_quality"}
     assert set(got["absent"]) == wants and "privleak,none" not in got["results"]["mia"]
 
 
@@ -157,6 +160,10 @@ def test_samples_are_one_line_a_row(found):
     assert all(r["source"].startswith(str(found.parents[1])) and r["uid"] for r in rows)
     mia = per["unlearned", "mia"]
     assert [r["member"] for r in mia] == [True] * 12 + [False] * 4
+    inside, outside = ([r["mia_zlib"] for r in mia if r["member"] is m] for m in (True, False))
+    above = stats.mannwhitneyu(outside, inside).statistic / (12 * 4)
+    auc = json.loads((found / "results.json").read_text())["results"]["mia"]["mia_zlib,none"]
+    assert auc == pytest.approx(above)
 
 
 def test_tofu_files_have_the_shape_of_openunlearning(found):
@@ -211,6 +218,8 @@ def test_a_retrained_model_and_its_logs_agree(folder, found):
     again = json.loads((folder / "run2" / "eval" / "TOFU_SUMMARY.json").read_text())
     assert again["forget_quality"] == pytest.approx(1), "compared with itself"
     assert again["privleak"] == pytest.approx(0, abs=1e-9)
+    got = json.loads((folder / "run2" / "eval" / "results.json").read_text())
+    assert set(got["absent"]) == {"mia: privleak, mia_reference", "tofu: mia_reference"}
 
 
 def test_functions_of_the_user_are_asked(folder, monkeypatch):
@@ -344,3 +353,12 @@ def test_a_broken_model_exits_6(folder, tmp_path):
     code, said = u2a(folder, "--adapter", tmp_path, "--suite", "forget")
     assert code == 6 and "the unlearned model gives a non-finite log-probability to uid" in said
     assert (folder / "run" / "eval" / "results.json").read_bytes() == before
+
+
+def test_the_page_of_metrics_is_current():
+    page = Path(__file__).parents[1] / "docs" / "metrics.md"
+    want = "python -m u2a.metrics.describe > docs/metrics.md"
+    assert page.read_text() == describe.markdown(), want
+    for metric in (m for group in describe.GROUPS.values() for m in group):
+        module, _, name = metric.function.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))

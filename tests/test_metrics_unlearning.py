@@ -12,10 +12,11 @@ from tiny_models import make, plain
 from tiny_models import rows as model_rows
 from torch.testing import assert_close
 
-from u2a.batch import Row, collate
+from u2a.batch import Row, collate, row_batches
 from u2a.metrics import answers, memorisation, mia, tofu
 from u2a.metrics.estimate import mean
 from u2a.metrics.tokens import AnswerTokens, answer_tokens, moments, without_end
+from u2a.products import answer_logps
 
 log = math.log
 
@@ -192,6 +193,18 @@ def test_answer_tokens_are_the_logits(family, block):
         assert_close(got.std[part], ((z.exp() * z**2).sum(-1) - center**2).sqrt())
     with pytest.raises(ValueError, match="at least one Row"):
         answer_tokens(model, [])
+
+
+def test_in_bfloat16_log_probabilities_are_those_of_answer_logps():
+    model, data = make("llama", dtype=torch.bfloat16), model_rows()
+    got = answer_tokens(model, data)
+    (batch,) = row_batches(data, 8192)
+    want = answer_logps(model, batch).logp.double()
+    rows = dict(zip(batch.index.tolist(), want.split(batch.answer.sum(1).tolist()), strict=True))
+    assert torch.equal(got.logp, torch.cat([rows[i] for i in range(5)]).detach())
+    exact = answer_tokens(make("llama", dtype=torch.float32), data)
+    assert_close(got.mean, exact.mean, rtol=0.05, atol=0.05)
+    assert bool(mia.gradient_norms(model, data).isfinite().all())
 
 
 def test_without_end_takes_one_eos_only():

@@ -348,7 +348,7 @@ def _resolve_paths(data: dict[str, Any], base: Path, faults: list[str]) -> dict[
             return resolved(section, "path", where)
         return {k: sources(v, f"{where}.{k}") for k, v in section.items()}
 
-    out = {name: sources(data[name], name) for name in ("data", "eval") if name in data}
+    out = data | {name: sources(data[name], name) for name in ("data", "eval") if name in data}
     if "model" in data:
         out["model"] = resolved(data["model"], "name", "model")
-    return {**data, **out}
+    return out

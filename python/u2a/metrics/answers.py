@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from u2a.errors import EnvironmentError_
+from u2a.metrics.tokens import check_count
+
 
 def probability(nll: Tensor, count: Tensor) -> Tensor:
     """exp(-NLL/|y|) `[R]` float64, the geometric mean of the token probabilities.
@@ -15,9 +18,7 @@ def probability(nll: Tensor, count: Tensor) -> Tensor:
     `nll [R]` summed, `count [R]` answer tokens (`u2a.evaluate.token_nll`). Raises ValueError for a
     row without token. Source: TOFU, arXiv 2401.06121.
     """
-    if not len(count) or int(count.min()) < 1:
-        at = int(count.argmin()) if len(count) else 0
-        raise ValueError(f"probability: row {at} holds no answer token, wanted at least one")
+    check_count("probability", count)
     return (-nll.double() / count).exp()
 
 
@@ -54,11 +55,15 @@ def rouge_l(references: Sequence[str], texts: Sequence[str]) -> Rouge:
     """Longest common subsequence of stemmed words, by the package rouge-score.
 
     Recall = its length / words of the reference; 0 for an empty text. Raises ValueError for another
-    number of texts, ImportError without rouge-score (pip install "u2a-kernels[eval]").
+    number of texts, EnvironmentError_ without rouge-score.
     Source: Lin 2004; TOFU takes recall, MUSE f1.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise EnvironmentError_(
+            'ROUGE-L: package rouge-score is missing: pip install "u2a-kernels[eval]"'
+        ) from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found = [scorer.score(a, b)["rougeL"] for a, b in _both("rouge_l", references, texts)]
     return Rouge(

@@ -65,9 +65,10 @@ def evaluate(
         work = Workspace(cfg, folder.path)
         found = _adapter(cfg, folder, adapter)
         inputs = read_inputs(work, chosen)
-        reference = _retrained(work, inputs, retain_model) if retain_model else None
+        reference = _retrained(work, inputs, retain_model)
+        absent = inputs.absent(reference.ratios is not None, reference.min_k, reference.losses)
         work.load_adapter(found)
-        job = _Job(work, inputs, reference or Retrained(), judges or Judges(), show)
+        job = _Job(work, inputs, reference, judges or Judges(), show)
         tasks = dict(job.models())
         _write(folder, job, tasks, {
             "model": cfg.model.name,
@@ -79,7 +80,7 @@ def evaluate(
             "seed": cfg.run.seed,
             "generate": cfg.eval.generate,
             "max_new_tokens": cfg.eval.max_new_tokens,
-        }, inputs.absent(reference is not None))  # fmt: skip
+        }, absent)  # fmt: skip
         return folder.file("eval")
 
 
@@ -98,8 +99,10 @@ def _adapter(cfg: Config, folder: RunDir, given: Path | None) -> Path:
     return folder.file("adapter")
 
 
-def _retrained(work: Workspace, inputs: Inputs, name: str) -> Retrained:
+def _retrained(work: Workspace, inputs: Inputs, name: str | None) -> Retrained:
     out = Retrained()
+    if name is None:
+        return out
     if name.endswith(".json"):
         logs = retrained.Logs(Path(name))
         if inputs.tofu:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -82,14 +82,19 @@ class Inputs:
             out["tofu"] = [q.right for q in self.tofu["forget"]]
         return out
 
-    def absent(self, retrained: bool) -> dict[str, str]:
-        """What cannot be measured, and what it wants."""
+    def absent(self, ratios: bool, min_k: Container[str], losses: Container[str]) -> dict[str, str]:
+        """What cannot be measured, and what it wants. Known of a retrained model: truth `ratios`,
+        and for which `members` its `min_k` AUC and `losses`."""
         out = {}
         if not self.holdout and {"tofu", "muse"} & set(self.suites):
             out["mia, privleak"] = "wants eval.holdout, rows never trained on"
-        elif self.members() and not retrained:
-            out["privleak, mia_reference"] = "wants --retain-model"
-        if "tofu" in self.suites and not retrained:
+        for key in self.members():
+            lacks = [
+                n for n, have in (("privleak", min_k), ("mia_reference", losses)) if key not in have
+            ]
+            if lacks:
+                out[f"{key}: {', '.join(lacks)}"] = "wants --retain-model MODEL"
+        if "tofu" in self.suites and not ratios:
             out["forget_quality"] = "wants --retain-model"
         lacks = [f"eval.tofu.{n}" for n in PREFIX if n not in self.tofu]
         if "tofu" in self.suites and lacks:
@@ -101,13 +106,6 @@ def read_inputs(work: Workspace, suites: Sequence[str]) -> Inputs:
     """Raises DataError naming file and line, or holdout rows that are forget rows too."""
     cfg, tokenizer = work.cfg, work.tokenizer
     out = Inputs(suites, work.data)
-    if cfg.eval.holdout is not None and {"mia", "tofu", "muse"} & set(suites):
-        out.holdout = load_rows(cfg.eval.holdout, tokenizer, cfg, role="retain")
-        seen = {r.uid: r.source for r in out.data.forget}
-        shared = [f"{r.source}: also {seen[r.uid]}" for r in out.holdout if r.uid in seen]
-        if shared:
-            path = cfg.eval.holdout.path
-            raise DataError(f"{path}: {len(shared)} holdout rows are forget rows", shared[:10])
     if "tofu" in suites:
         out.tofu = {
             name: load_questions(spec, tokenizer, cfg.data, paraphrased=name in PARAPHRASED)
@@ -118,4 +116,11 @@ def read_inputs(work: Workspace, suites: Sequence[str]) -> Inputs:
             name: load_rows(spec, tokenizer, cfg, role="retain")
             for name, spec in _muse(cfg).items()
         }
+    if cfg.eval.holdout is not None and {"mia", "tofu", "muse"} & set(suites):
+        out.holdout = load_rows(cfg.eval.holdout, tokenizer, cfg, role="retain")
+        seen = {r.uid: r.source for rows in out.members().values() for r in rows}
+        shared = [f"{r.source}: also {seen[r.uid]}" for r in out.holdout if r.uid in seen]
+        if shared:
+            path = cfg.eval.holdout.path
+            raise DataError(f"{path}: {len(shared)} holdout rows are forget rows", shared[:10])
     return out

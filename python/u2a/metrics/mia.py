@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from u2a.adapter import evaluating
 from u2a.batch import Batch, Row, row_batches
 from u2a.dual_modules import path
-from u2a.metrics.tokens import by_row
+from u2a.metrics.tokens import by_row, check_count
 from u2a.products import answer_logps
 from u2a_kernels import grad_sq_norm
 
@@ -27,9 +27,7 @@ def loss_score(nll: Tensor, count: Tensor) -> Tensor:
 
     Raises ValueError for a row without answer token.
     """
-    if not len(count) or int(count.min()) < 1:
-        at = int(count.argmin()) if len(count) else 0
-        raise ValueError(f"loss_score: row {at} holds no answer token, wanted at least one")
+    check_count("loss_score", count)
     return nll.double() / count
 
 

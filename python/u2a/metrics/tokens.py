@@ -53,8 +53,8 @@ def answer_tokens(
 
     Args:
         logits: how many logits are held at once (at least one token's): the answer tokens of a
-            batch meet the vocabulary in blocks of logits // V. Five float32 arrays of that many
-            numbers are the peak, 80 MiB with the default.
+            batch meet the vocabulary in blocks of logits // V. Six float32 arrays of that many
+            numbers are the peak, 96 MiB with the default.
 
     `logp` is `u2a_kernels.linear_logp`'s. The logits for the rest are in the model's dtype, as
     transformers computes them; statistics of them in float32, float64 for a float64 model.
@@ -98,8 +98,13 @@ def without_end(tokens: AnswerTokens, rows: Sequence[Row], eos: int) -> AnswerTo
     ends = torch.tensor([len(r.answer_ids) > 1 and r.answer_ids[-1] == eos for r in rows])
     keep = torch.ones(len(tokens.logp), dtype=torch.bool)
     keep[tokens.count.cumsum(0)[ends] - 1] = False
-    kept = (x[keep] for x in (tokens.logp, tokens.hit, tokens.mean, tokens.std))
-    return AnswerTokens(*kept, tokens.count - ends.long())
+    return AnswerTokens(
+        tokens.logp[keep],
+        tokens.hit[keep],
+        tokens.mean[keep],
+        tokens.std[keep],
+        tokens.count - ends.long(),
+    )
 
 
 def by_row(name: str, values: Tensor, count: Tensor) -> list[Tensor]:
@@ -107,7 +112,12 @@ def by_row(name: str, values: Tensor, count: Tensor) -> list[Tensor]:
     if values.shape != (int(count.sum()),):
         n = int(count.sum())
         raise ValueError(f"{name}: wanted [{n}] values, one a token; got {list(values.shape)}")
+    check_count(name, count)
+    return list(values.split(count.tolist()))
+
+
+def check_count(name: str, count: Tensor) -> None:
+    """Raises ValueError for no row, or one without answer token."""
     if not len(count) or int(count.min()) < 1:
         at = int(count.argmin()) if len(count) else 0
         raise ValueError(f"{name}: row {at} holds no answer token, wanted at least one")
-    return list(values.split(count.tolist()))

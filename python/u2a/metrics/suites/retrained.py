@@ -74,4 +74,5 @@ def load_model(path: str, cfg: Config) -> nn.Module:
     except (OSError, ValueError) as e:
         raise DataError(f"--retain-model {path}: cannot be loaded: {e}") from None
     model.config.use_cache = False
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[no-any-return]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return nn.Module.to(model, device).eval()
