@@ -140,6 +140,19 @@ def test_base_stands_beside_the_unlearned_model(found, folder):
     work.load_adapter(folder / "adapter")
     nll = forget_nll(work.model, work.data.forget)
     assert after["forget"]["perplexity,none"] == pytest.approx(math.exp(nll), rel=1e-5)
+    samples = {
+        r["uid"]: r
+        for r in lines(found / "samples.jsonl")
+        if (r["model"], r["task"]) == ("unlearned", "forget")
+    }
+    for row in work.data.forget:
+        assert row.answer_ids[-1] == work.tokenizer.eos_token_id
+        ids, n = torch.tensor([row.prompt_ids + row.answer_ids[:-1]]), len(row.answer_ids) - 1
+        with torch.no_grad():
+            hit = work.model(input_ids=ids).logits[0, :-1].argmax(-1)[-n:] == ids[0, -n:]
+        k = next(k for k in range(n + 1) if bool(hit[k:].all()))
+        assert samples[row.uid]["exact_memorisation"] == pytest.approx(int(hit.sum()) / n)
+        assert samples[row.uid]["extraction_strength"] == pytest.approx(1 - k / n)
 
 
 def test_samples_are_one_line_a_row(found):

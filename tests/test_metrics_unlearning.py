@@ -130,7 +130,8 @@ def test_membership_scores():
     assert_close(mia.min_k(logp, count), d(4, 7))
     assert_close(mia.min_k(logp, count, 0.2), d(5, 7))
     assert_close(mia.min_k(logp, count, 1.0), d(2.3, 7))
-    assert_close(mia.min_k(torch.arange(10.0), torch.tensor([10]), 0.3), d(-1))
+    # the lowest 29 of 0 ... 99
+    assert_close(mia.min_k(torch.arange(100.0), torch.tensor([100]), 0.29), d(-14))
     # z-scores: (-1 + 2) / 2, (-5 + 2) / 1, 0, (-3 + 1) / 0.5, 1.5 / 1 -> lowest 2: -4, -3
     std = d(2, 1, 1, 0.5, 1, 0)
     center = d(-2, -2, -2, -1, -2, -7)

@@ -61,7 +61,7 @@ def min_k(values: Tensor, count: Tensor, k: float = 0.4) -> Tensor:
     if not 0 < k <= 1:
         raise ValueError(f"min_k: k must be in (0, 1], got {k}")
     rows = [v.double().sort().values for v in by_row("min_k", values, count)]
-    # 0.3 * 10 is 2.9999999999999996
+    # 0.29 * 100 is 28.999999999999996
     return torch.stack([-v[: max(1, int(k * len(v) + 1e-9))].mean() for v in rows])
 
 
