@@ -209,8 +209,30 @@ class ValidateConfig(Section):
     weights: Annotated[list[Positive], Field(min_length=1)] = [0.01]
 
 
+class TofuConfig(Section):
+    """Rows of question, answer, perturbed_answer (a list) and, for forget and retain,
+    paraphrased_answer."""
+
+    forget: SourceConfig
+    retain: SourceConfig | None = None
+    real_authors: SourceConfig | None = None
+    world_facts: SourceConfig | None = None
+
+
+class MuseConfig(Section):
+    """`verbmem`: beginnings and how they go on; `knowmem`: questions and answers."""
+
+    forget_verbmem: SourceConfig | None = None
+    forget_knowmem: SourceConfig | None = None
+    retain_knowmem: SourceConfig | None = None
+
+
 class EvalConfig(Section):
-    """Baselines spend the same total weight; `bootstrap` draws make the intervals."""
+    """Baselines of a run spend the same total weight; `bootstrap` draws make the intervals.
+
+    The rest is for `u2a eval`. `suite` null: every one with data. `holdout`: rows never trained on.
+    Answers are generated for the first `generate` rows of a set, for all of tofu and muse.
+    """
 
     baselines: list[Literal["uniform", "random", "low-likelihood", "topk"]] = [
         "uniform",
@@ -218,6 +240,12 @@ class EvalConfig(Section):
         "low-likelihood",
     ]
     bootstrap: Annotated[int, Field(ge=100)] = 2000
+    suite: list[Literal["pa", "forget", "retain", "mia", "tofu", "muse"]] | None = None
+    holdout: SourceConfig | None = None
+    tofu: TofuConfig | None = None
+    muse: MuseConfig | None = None
+    generate: Annotated[int, Field(ge=0)] = 64
+    max_new_tokens: Count = 200
 
 
 class LogConfig(Section):
@@ -315,8 +343,14 @@ def _resolve_paths(data: dict[str, Any], base: Path, faults: list[str]) -> dict[
             faults.append(missing_file(f"{where}.{key}: {name!r}", found))
         return {**section, key: str(found)}
 
-    out = dict(data)
-    out["model"] = resolved(data.get("model"), "name", "model")
-    if isinstance(data.get("data"), dict):
-        out["data"] = {k: resolved(v, "path", f"data.{k}") for k, v in data["data"].items()}
-    return {k: v for k, v in out.items() if k in data}
+    def sources(section: Any, where: str) -> Any:
+        if not isinstance(section, dict):
+            return section
+        if "path" in section:
+            return resolved(section, "path", where)
+        return {k: sources(v, f"{where}.{k}") for k, v in section.items()}
+
+    out = data | {name: sources(data[name], name) for name in ("data", "eval") if name in data}
+    if "model" in data:
+        out["model"] = resolved(data["model"], "name", "model")
+    return out

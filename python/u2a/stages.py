@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a import metrics, report
+from u2a import report
 from u2a.adapter import adapter_disabled
 from u2a.bilevel import Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
 from u2a.evaluate import mean_nll
+from u2a.metrics import comparison
 from u2a.rundir import RunDir
 from u2a.select import select
 from u2a.validate import identity_gain, validate
@@ -167,7 +168,7 @@ class Run:
         return [*saved, "unlearn.json"]
 
     def eval(self) -> Files:
-        evaluator, plan = metrics.Evaluator(self.work), self.plan()
+        evaluator, plan = comparison.Evaluator(self.work), self.plan()
         with adapter_disabled(self.work.model):
             methods = [evaluator.method("base", None)]
         for name in ["start", *plan]:
@@ -175,8 +176,8 @@ class Run:
             methods.append(evaluator.method(name, plan.get(name)))
         found = {
             "methods": methods,
-            "class_weight": metrics.class_shares(self.work.data.forget, plan),
-            "verdict": metrics.verdict(methods),
+            "class_weight": comparison.class_shares(self.work.data.forget, plan),
+            "verdict": comparison.verdict(methods),
             "validation": self.dir.read_json("validation.json"),
             "solve": self.dir.read_json("solve.json"),
             "rounds": self.dir.read_json("rounds.json"),
