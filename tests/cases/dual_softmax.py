@@ -14,6 +14,10 @@ SHAPES = {
     "large": (4, 16),
     "block": (146, 67),
     "wide": (4, 9001),
+    "warp": (6, 256),  # these four: a warp or a CTA to a row in CUDA, more than it holds
+    "cta": (4, 4096),
+    "ctas": (2, 12288),
+    "tiles": (2, 40960),
     "empty": (0, 5),
     "no-columns": (4, 0),
     "dim": (4, 5, 3),
