@@ -39,6 +39,30 @@ def peak_mb(call: Call, warm: bool = True) -> float:
     return _status_mb("VmHWM") - before
 
 
+def clocks(call: Call) -> tuple[float, float]:
+    """CPU and wall seconds of one call; on a GPU both are wall seconds up to its end."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+        return (time.perf_counter() - wall,) * 2
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def ratio(call: Call, base: Call, rounds: int = 5) -> tuple[float, float]:
+    """(median CPU time of `call` over that of `base`, median wall seconds of `call`), one of each
+    per round, after a warm-up. On one thread CPU time is the work done, whoever else computes."""
+    call(), base()
+    pairs = [(clocks(base), clocks(call)) for _ in range(rounds)]
+    base_cpu, cpu, wall = (
+        statistics.median(x) for x in zip(*((b[0], *c) for b, c in pairs), strict=True)
+    )
+    return cpu / base_cpu, wall
+
+
 def interleaved(calls: dict[str, Call], rounds: int = 9) -> dict[str, float]:
     """Median seconds of each call, one of each per round, after one warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
