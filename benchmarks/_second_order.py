@@ -26,7 +26,8 @@ from u2a.tree import Tree, norm, trainable
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = dict(d=256, layers=4, heads=4, kv_heads=4, d_mlp=688, head_dim=64)
 LARGE = dict(d=2048, layers=16, heads=32, kv_heads=8, d_mlp=8192, head_dim=64)  # Llama 3.2 1B
-SIZES = {"small": SMALL, "1b": LARGE}
+TINY = dict(d=32, layers=2, heads=2, kv_heads=1, d_mlp=64, head_dim=16)
+SIZES = {"tiny": TINY, "small": SMALL, "1b": LARGE}
 RANK, ROWS = 8, 2
 FLAT = 1e-3  # a tensor below this share of the largest is judged by that share (zero by symmetry)
 
@@ -76,7 +77,7 @@ def _llama(s: Setting) -> nn.Module:
         num_hidden_layers=size["layers"], num_attention_heads=size["heads"],
         num_key_value_heads=size["kv_heads"], head_dim=size["head_dim"],
         max_position_embeddings=s.t, bos_token_id=0, eos_token_id=0, use_cache=False,
-        tie_word_embeddings=s.size != "small",
+        tie_word_embeddings=s.size == "1b",
     )  # fmt: skip
     return with_lora(LlamaForCausalLM(config))
 
