@@ -54,8 +54,8 @@ def clocks(call: Call) -> tuple[float, float]:
 
 def ratio(call: Call, base: Call, rounds: int = 5) -> tuple[float, float]:
     """(median CPU time of `call` over that of `base`, median wall seconds of `call`), one of each
-    per round, after a warm-up. On one thread CPU time is the work done, whoever else computes."""
-    call(), base()
+    per round; both have run before. On one thread CPU time is the work done, whoever else computes.
+    """
     pairs = [(clocks(base), clocks(call)) for _ in range(rounds)]
     base_cpu, cpu, wall = (
         statistics.median(x) for x in zip(*((b[0], *c) for b, c in pairs), strict=True)

@@ -70,7 +70,7 @@ def with_lora(model: nn.Module, rank: int = RANK) -> nn.Module:
     return model
 
 
-def _llama(s: Setting) -> nn.Module:
+def _llama(s: Setting) -> LlamaForCausalLM:
     size = SIZES[s.size]
     config = LlamaConfig(
         vocab_size=s.vocab, hidden_size=size["d"], intermediate_size=size["d_mlp"],
@@ -79,13 +79,20 @@ def _llama(s: Setting) -> nn.Module:
         max_position_embeddings=s.t, bos_token_id=0, eos_token_id=0, use_cache=False,
         tie_word_embeddings=s.size == "1b",
     )  # fmt: skip
-    return with_lora(LlamaForCausalLM(config))
+    return LlamaForCausalLM(config)
+
+
+def make_base(s: Setting) -> nn.Module:
+    """The same weights every time, no adapter yet."""
+    torch.manual_seed(0)
+    return _gpt2(s) if s.model == "gpt2" else _llama(s)
 
 
 def make_model(s: Setting) -> nn.Module:
     """The same weights every time, on the device, in evaluation mode."""
-    torch.manual_seed(0)
-    model = _gpt2(s) if s.model == "gpt2" else _llama(s)
+    model = make_base(s)
+    if s.model == "llama":
+        model = with_lora(model)
     return model.to(DEVICE, getattr(torch, s.dtype)).eval()
 
 

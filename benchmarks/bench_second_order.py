@@ -2,7 +2,8 @@
 memory, error against float64, beside other ways to the same numbers.
 
     python benchmarks/bench_second_order.py [--model gpt2 llama] [--t 512 1024] [--rounds 5]
-        [--only hvp ggn scores gradient] [--vocab 8192] [--size small|1b] [--dtype float32] [--head]
+        [--only hvp ggn scores gradient] [--skip NAME ...] [--vocab 8192] [--size small|1b]
+        [--dtype float32] [--no-reference] [--head]
 
 `x time`: median CPU time (GPU: time) over that of a gradient run in turn with it. `x mem`: peak
 over the gradient's peak, beyond what was held before. `error`: relative difference to float64
@@ -51,21 +52,20 @@ def measure(way: Way, s: Setting, rounds: int, base_mb: float, want: Any) -> str
         return f"{way.name:40}{reason(error)}"
     off = errors(found, want[way.of]) if want else None
     del found
-    mb = peak_mb(call)
+    mb = peak_mb(call, warm=False)
     times, seconds = ratio(call, unit(s), rounds)
     told = f"{off[0]:10.1e}{off[1]:9.1e}" if off else f"{'-':>10}"
     return f"{way.name:40}{times:8.2f}{seconds:8.2f}{mb / base_mb:8.2f}{mb:8.0f}{told}"
 
 
-def table(s: Setting, rounds: int, only: list[str], reference: bool) -> None:
+def table(s: Setting, rounds: int, ways: list[Way], reference: bool) -> None:
     print(f"\n{s}; {DEVICE}", flush=True)
     want = truth(s) if reference else None
-    base_mb = peak_mb(unit(s))
+    base_mb = peak_mb(unit(s), warm=False)
     print(COLUMNS)
-    for way in WAYS:
-        if way.of in only:
-            print(measure(way, s, rounds, base_mb, want), flush=True)
-            gc.collect()
+    for way in ways:
+        print(measure(way, s, rounds, base_mb, want), flush=True)
+        gc.collect()
 
 
 def head_calls(n: int, d: int, vocab: int) -> dict[str, Callable[[], Any]]:
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--t", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=["gradient", "hvp", "ggn", "scores"])
+    parser.add_argument("--skip", nargs="*", default=[], help="parts of names of ways to leave out")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--dtype", default="float32")
@@ -139,10 +140,11 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread")
     if a.head:
         return head_table(a.t[0], a.size)
+    ways = [w for w in WAYS if w.of in a.only and not any(x in w.name for x in a.skip)]
     for t in a.t:
         for model in a.model:
             s = Setting(model, t, a.vocab, a.size, a.dtype)
-            table(s, a.rounds, a.only, not a.no_reference)
+            table(s, a.rounds, ways, not a.no_reference)
 
 
 if __name__ == "__main__":
