@@ -12,6 +12,7 @@ and prints CPU seconds (on a GPU seconds), peak memory and agreement of the scor
 import argparse
 import dataclasses
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,8 +47,8 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--family", choices=list(TARGETS), default="llama")
     for name, value in (
-        ("layers", 4), ("hidden", 128), ("vocab", 2048), ("candidates", 1024), ("pairs", 64),
-        ("retain", 64), ("batch-tokens", 4096), ("train-steps", 60), ("chunks", 8),
+        ("layers", 3), ("hidden", 96), ("vocab", 1024), ("candidates", 1024), ("pairs", 32),
+        ("retain", 32), ("batch-tokens", 4096), ("train-steps", 60), ("chunks", 8),
         ("max-iter", 20), ("threads", 1),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -197,6 +198,7 @@ class Step:
     def timed(self, name, call):
         found, spent = clocked(call)
         self.seconds.setdefault(name, []).append(spent)
+        print(f"  {name}: {spent:.2f} s", file=sys.stderr, flush=True)
         return found
 
     def of(self, name):

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from u2a.benchmark.task import SCALE
+from u2a.benchmark.task import SCALE, UTILITY
 from u2a.plots import STYLE, _png, plt
 
 Rows = Sequence[Mapping[str, Any]]
@@ -63,7 +63,6 @@ def alignment_table(rows: Mapping[str, Rows]) -> str:
     epochs = mean(shown, ("selector",), "epochs")
     losses = list(dict.fromkeys(r["loss"] for r in shown))
     totals = sorted({r["total"] / SCALE[r["loss"]] for r in shown})
-    upper = mean([r for r in rows["upper"] if r["noise"] == noise], ("loss",), "gain")
     body = []
     for name in dict.fromkeys(r["selector"] for r in shown):
         cells = []
@@ -71,14 +70,32 @@ def alignment_table(rows: Mapping[str, Rows]) -> str:
             over = [fmean(gains[loss, name, s * SCALE[loss]]) for s in totals]
             cells.append(f"**{fmean(over):+.3f}** ({' '.join(f'{x:+.2f}' for x in over)})")
         body.append((name, *cells, f"{fmean(epochs[name,]):.0f}"))
-    if upper:
-        body.append(("DPO on the pairs", *(f"{fmean(upper[loss,]):+.3f}" for loss in losses), ""))
+    body += reference_lines([r for r in rows["upper"] if r["noise"] == noise], losses)
     title = (
         f"## Test J gained at equal utility ({noise:.0%} mislabelled)\n\nBold: mean over total "
         f"weights of {', '.join(map(str, totals))} in NPO's unit; in brackets each; last "
-        "column: cost of selecting, in epochs over the candidates.\n\n"
+        "column: cost of selecting, in epochs over the candidates. Last lines: what needs no "
+        "candidates, with its retain perplexity where that is above the bound.\n\n"
     )
     return title + table(["selector", *losses, "epochs"], body)
+
+
+def reference_lines(rows: Rows, losses: Sequence[str]) -> list[tuple[str, ...]]:
+    """A line per reference: mean gain over seeds under each loss."""
+    gains, ratios = (mean(rows, ("loss", "selector"), of) for of in ("gain", "ratio"))
+
+    def cell(loss: str, name: str) -> str:
+        at = (loss, name)
+        if at not in gains:
+            return ""
+        ratio = fmean(ratios[at])
+        return f"{fmean(gains[at]):+.3f}" + (f" (x {ratio:.2f})" if ratio > UTILITY else "")
+
+    words = {"DPO": "DPO on the pairs", "SFT": "SFT on the chosen answers"}
+    return [
+        (words.get(name, name), *(cell(loss, name) for loss in losses), "")
+        for name in dict.fromkeys(r["selector"] for r in rows)
+    ]
 
 
 def noise_table(rows: Rows) -> str:
