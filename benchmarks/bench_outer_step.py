@@ -10,42 +10,27 @@ and prints CPU seconds (on a GPU seconds), peak memory and agreement of the scor
 """
 
 import argparse
-import dataclasses
-import random
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from _authors import Authors, DoubleBackward
+from _authors import DoubleBackward
 from _measure import peak_mb
-from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from _outer_setting import DEVICE, Setting
 
-from u2a.batch import Pair, Row, row_batches
 from u2a.evaluate import spearman
 from u2a.index import Sketch, query
-from u2a.inner import InnerProblem
 from u2a.losses import LOSSES, dpo_objective
-from u2a.objectives import PairSet, Preference
-from u2a.outer import Outer, SolveSettings
-from u2a.products import answer_logps
 from u2a.scan import scan
 from u2a.solve import solve
 from u2a.tree import numel, trainable
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLASSES = 16
-TARGETS = {
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-}
-
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--family", choices=list(TARGETS), default="llama")
+    parser.add_argument("--family", choices=["llama", "gpt2"], default="llama")
     for name, value in (
         ("layers", 3), ("hidden", 96), ("vocab", 1024), ("candidates", 1024), ("pairs", 32),
         ("retain", 32), ("batch-tokens", 4096), ("train-steps", 60), ("chunks", 8),
@@ -55,116 +40,6 @@ def arguments():
     parser.add_argument("--full", action="store_true", help="all parameters, not LoRA r=8")
     parser.add_argument("--damping", default="rel:0.1")
     return parser.parse_args()
-
-
-class Language:
-    """Tokens fall in classes; the next token's class follows from this one's, by `seed`."""
-
-    def __init__(self, vocab, seed):
-        self.vocab, draw = vocab, random.Random(seed)
-        self.after = draw.sample(range(CLASSES), CLASSES)
-
-    def say(self, draw, length, start=0):
-        out, kind = [], start
-        for _ in range(length):
-            kind = self.after[kind]
-            out.append(draw.randrange(self.vocab // CLASSES) * CLASSES + kind)
-        return tuple(out)
-
-
-def make_rows(vocab, count, language, seed):
-    draw = random.Random(seed)
-    return [
-        Row(
-            f"{seed}-{i}",
-            tuple(draw.randrange(vocab) for _ in range(draw.randint(16, 48))),
-            language.say(draw, draw.randint(64, 128)),
-        )
-        for i in range(count)
-    ]
-
-
-def make_model(a, rows):
-    torch.manual_seed(0)
-    heads = max(a.hidden // 64, 2)
-    if a.family == "llama":
-        config = LlamaConfig(
-            vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.hidden * 8 // 3,
-            num_hidden_layers=a.layers, num_attention_heads=heads,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-    else:
-        config = GPT2Config(
-            vocab_size=a.vocab, n_embd=a.hidden, n_layer=a.layers, n_head=heads, n_positions=256,
-            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-        )  # fmt: skip
-        model = GPT2LMHeadModel(config)
-    model = model.to(DEVICE)
-    train(model, rows, a.train_steps, 3e-3)
-    if not a.full:
-        conv = a.family == "gpt2"
-        model = get_peft_model(
-            model, LoraConfig(r=8, target_modules=TARGETS[a.family], fan_in_fan_out=conv)
-        )
-    return model.to(DEVICE)
-
-
-def train(model, rows, steps, lr):
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=lr)
-    draw = random.Random(0)
-    for _ in range(steps):
-        batch = row_batches(draw.sample(rows, 16), 1 << 20)[0]
-        optimizer.zero_grad()
-        (-answer_logps(model, batch).logp.mean()).backward()
-        optimizer.step()
-
-
-class Setting:
-    """Model, data and the problem as both sides see it."""
-
-    def __init__(self, a):
-        self.a = a
-        wanted, unwanted = Language(a.vocab, 1), Language(a.vocab, 2)
-        base = make_rows(a.vocab, 256, wanted, 10) + make_rows(a.vocab, 256, unwanted, 11)
-        bad = a.candidates * 3 // 4
-        self.forget = make_rows(a.vocab, bad, unwanted, 12)
-        self.forget += make_rows(a.vocab, a.candidates - bad, wanted, 13)
-        self.forget.sort(key=len)
-        good = make_rows(a.vocab, a.pairs, wanted, 14)
-        self.pairs = [
-            Pair(r.uid, r, dataclasses.replace(r, answer_ids=w.answer_ids))
-            for r, w in zip(good, make_rows(a.vocab, a.pairs, unwanted, 15), strict=True)
-        ]
-        self.model = make_model(a, base)
-        self.retain = make_rows(a.vocab, a.retain, wanted, 16)
-        self.authors = Authors(self.model)
-        self.build()
-        train(self.model, base, 3, 1e-3)  # the adapter is not at zero, nor the policy its reference
-        self.model.eval()
-
-    def build(self):
-        a, model = self.a, self.model
-        problem = InnerProblem.build(
-            model, self.forget, torch.zeros(len(self.forget)), LOSSES["ga"], retain=self.retain,
-            retain_weight=1.0, batch_tokens=a.batch_tokens,
-        )  # fmt: skip
-        self.outer = Outer(
-            model, problem, self.objective(), None, SolveSettings(), lambda p: {}
-        )  # fmt: skip
-
-    def held(self):
-        if not self.a.full:
-            return PairSet.build(self.model, self.pairs, self.a.batch_tokens)
-        from u2a.adapter import sequence_logps
-
-        frozen = self.authors.frozen
-        both = ([p.chosen for p in self.pairs], [p.rejected for p in self.pairs])
-        return PairSet(
-            self.pairs, *(sequence_logps(frozen, rows, self.a.batch_tokens) for rows in both)
-        )
-
-    def objective(self):
-        return Preference(self.held(), 0.3, self.a.batch_tokens)
 
 
 def clocked(call):
@@ -183,7 +58,7 @@ SOLVERS = {
     "CG": dict(method="cg"),
     "CG, EK-FAC": dict(method="cg", precond="ekfac"),
     "EK-FAC": dict(method="ekfac"),
-    "H = I": dict(method="identity"),
+    "H = I": dict(method="identity", damping=1.0),
 }
 
 
@@ -221,7 +96,9 @@ class Step:
             more = {"tol": 1e-4, "max_iter": a.max_iter} if how["method"] == "cg" else {}
             self.found[name] = self.timed(
                 f"solve {name}",
-                lambda how=how, m=more: solve(operator, self.g, damping=a.damping, **how, **m),
+                lambda how=how, m=more: solve(
+                    operator, self.g, **({"damping": a.damping} | how | m)
+                ),
             )
         mine = self.found["CG"]
         ((_, real),) = operator.terms
@@ -254,9 +131,10 @@ class Step:
                 )
         self.scores = {name: torch.cat(parts).cpu() for name, parts in kept.items()}
 
-    def scan(self, rows, v):
+    def scan(self, rows, v, tokens=None):
+        tokens = tokens or self.a.batch_tokens
         return scan(
-            self.s.model, rows, v, LOSSES["ga"], batch_tokens=self.a.batch_tokens, progress=False
+            self.s.model, rows, v, LOSSES["ga"], batch_tokens=tokens, progress=False
         ).gain  # fmt: skip
 
     def index(self):
@@ -272,11 +150,25 @@ class Step:
                 ),
             )  # fmt: skip
 
-            def asked():
-                q = query(s.model, held.pairs, dpo_objective, index.spec, ref=ref)
-                return -index.scores(q, "preconditioned", damping="rel:0.1").flatten()
+            for metric in ("dot", "preconditioned"):
 
-            self.scores["index"] = self.timed("index query", asked).cpu()
+                def asked(metric=metric):
+                    q = query(s.model, held.pairs, dpo_objective, index.spec, ref=ref)
+                    return -index.scores(q, metric).flatten().cpu()
+
+                self.scores[f"index, {metric}"] = self.timed(f"index, {metric}", asked)
+
+    def sweep(self, rounds=3):
+        """Scores of the middle chunk by the size of a batch, interleaved."""
+        size = -(-len(self.s.forget) // self.a.chunks)
+        rows, v = self.s.forget[len(self.s.forget) // 2 :][:size], self.found["CG"].x
+        for _ in range(rounds):
+            for tokens in (512, 1024, 2048, 4096, 8192):
+                self.timed(f"{tokens} tokens", lambda t=tokens: self.scan(rows, v, t))
+        found = {t: self.of(f"{t} tokens") for t in (512, 1024, 2048, 4096, 8192)}
+        best = min(found.values())
+        words = ", ".join(f"{t}: {x / best:.2f}" for t, x in found.items())
+        print(f"scan by tokens of a batch, relative time: {words}")
 
     def peaks(self):
         s, few = self.s, self.s.forget[-min(64, len(self.s.forget)) :]
@@ -302,8 +194,8 @@ def agreement(step):
     off = float((identity - theirs).abs().max() / theirs.abs().max())
     print(f"H = I scores are the authors' to {off:.1e} of the largest (times batches, gamma)")
     for name in s:
-        if name != "CG":
-            print(f"Spearman of {name} with ours by CG: {spearman(s[name], s['CG']).rho:.4f}")
+        with_cg, with_theirs = (spearman(s[name], s[other]).rho for other in ("CG", "authors"))
+        print(f"Spearman of {name:22} with CG {with_cg:.4f}, with the authors' {with_theirs:.4f}")
 
 
 def report(step):
@@ -317,7 +209,8 @@ def report(step):
             step.of("authors direction"), step.of("solve double backward"), loop,
         ),
         **{f"ours, {n}": (grad, step.of(f"solve {n}"), ours) for n in SOLVERS},
-        "ours, index, next directions": (0.0, 0.0, step.of("index query")),
+        "ours, index, next J": (0.0, 0.0, step.of("index, dot")),
+        "ours, index, next J, damped": (0.0, 0.0, step.of("index, preconditioned")),
     }  # fmt: skip
     print(f"{'':32}{'direction':>10}{'solve':>10}{'scores':>10}{'all':>10}{'authors/':>10}")
     for name, parts in lines.items():
@@ -352,6 +245,7 @@ def main():
     print(f"CG, EK-FAC: {step.found['CG, EK-FAC'].iterations} iterations")
     step.candidates()
     step.index()
+    step.sweep()
     report(step)
     agreement(step)
     print("peak MB: " + "; ".join(f"{n} {mb:.0f}" for n, mb in step.peaks().items()))

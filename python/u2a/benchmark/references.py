@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from u2a.adapter import device_of
 from u2a.benchmark.task import PRESETS, Outcome, Task
 from u2a.demo.base_model import train_base
 from u2a.evaluate import perplexity
@@ -78,8 +79,8 @@ def retrained(task: Task) -> Outcome:
             folder, data, task.seed, steps=preset.steps, lr=preset.lr, shape=preset.shape,
             leave_out=gone,
         )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    model = model.to(next(task.model.parameters()).device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model = model.to(device_of(task.model)).eval()
     gain = task.test.value(model) - task.J
     ratio = perplexity(model, task.work.data.retain_test, task.tokens) / task.ppl
     return Outcome(gain, ratio, 1.0, gain, ratio)
