@@ -17,6 +17,7 @@ from u2a import strict_yaml
 from u2a.config_faults import describe, is_file, missing_file, set_override
 from u2a.errors import ConfigError
 from u2a.loss_names import combination_faults, loss_name
+from u2a.objective_names import function_name, objective_faults, reward_source
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -119,8 +120,19 @@ class LoraConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["dpo", "margin", "likelihood"] = "dpo"
+    """`reward` and `divergence` draw `samples` answers of at most `max_new_tokens` to every prompt
+    of the pairs and need `reward`, "module:function" as TRL's. `divergence`: minus that (of
+    `u2a.losses.fdpg`) from a `target`, "rlhf" (temperature `beta`) or "binary" (reward > 0)."""
+
+    name: Literal["dpo", "margin", "likelihood", "reward", "divergence"] = "dpo"
     beta: Positive = 0.3
+    reward: Annotated[str | None, PlainValidator(function_name)] = None
+    samples: Annotated[int, Field(ge=2)] = 4
+    max_new_tokens: Count = 64
+    divergence: Literal["js", "forward_kl", "reverse_kl", "tv", "chi2_forward", "chi2_reverse"] = (
+        "js"
+    )
+    target: Literal["rlhf", "binary"] = "rlhf"
 
 
 class SolveConfig(Section):
@@ -153,13 +165,21 @@ class SolveConfig(Section):
 
 
 class SelectConfig(Section):
-    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others rank
-    once. `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`: when the retain
-    rows' perplexity has risen to more than this many times the start's."""
+    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others choose
+    once (`u2a.select`). `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`:
+    when the retain rows' perplexity has risen to more than this many times the start's. `reward`:
+    what `low-reward` ranks by, "module:function" or a column of data.forget (null:
+    objective.reward). `detector`: of `upcore`."""
 
     method: Literal[
-        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random", "low-likelihood"
-    ] = "greedy"
+        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random",
+        "low-likelihood", "low-reward", "grad-norm", "cosine", "threshold", "g-effect", "trak",
+        "upcore", "worst-case", "easiest",
+    ] = "greedy"  # fmt: skip
+    reward: Annotated[str | None, PlainValidator(reward_source)] = None
+    detector: Literal["isolation-forest", "lof", "one-class-svm", "mahalanobis"] = (
+        "isolation-forest"
+    )
     inverse: Literal["ekfac", "cg", "identity"] = "ekfac"
     budget: Count = 1000
     blocks: Count = 4
@@ -234,7 +254,21 @@ class EvalConfig(Section):
     Answers are generated for the first `generate` rows of a set, for all of tofu and muse.
     """
 
-    baselines: list[Literal["uniform", "random", "low-likelihood", "topk"]] = [
+    baselines: list[
+        Literal[
+            "uniform",
+            "random",
+            "low-likelihood",
+            "low-reward",
+            "topk",
+            "grad-norm",
+            "cosine",
+            "threshold",
+            "g-effect",
+            "trak",
+            "upcore",
+        ]
+    ] = [
         "uniform",
         "random",
         "low-likelihood",
@@ -302,7 +336,7 @@ def make_config(
         config = Config.model_validate(data)
     except ValidationError as e:
         raise ConfigError(faults + describe(e, Config), source) from None
-    faults += combination_faults(config)
+    faults += combination_faults(config) + objective_faults(config)
     if faults:
         raise ConfigError(faults, source)
     return config

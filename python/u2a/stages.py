@@ -14,10 +14,9 @@ from u2a.adapter import adapter_disabled
 from u2a.bilevel import Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
-from u2a.evaluate import mean_nll
 from u2a.metrics import comparison
+from u2a.one_shot import one_shot
 from u2a.rundir import RunDir
-from u2a.select import select
 from u2a.validate import identity_gain, validate
 from u2a.workspace import Workspace, model_digest
 
@@ -137,16 +136,9 @@ class Run:
         return ["selection.jsonl", "rounds.json"]
 
     def one_shot(self, method: str, total: float) -> Tensor:
-        """Equal weights on the set that a selector without re-solve names."""
-        s, rows = self.cfg.select, self.work.data.forget
-        scores = next(iter(self.gains().values()))
-        if method == "low-likelihood":
-            with adapter_disabled(self.work.model):
-                scores = mean_nll(self.work.model, rows, self.cfg.unlearn.batch_tokens)
-        return select(
-            scores, method=method, budget=min(s.budget, len(rows)), total_weight=total,
-            min_gain=s.min_gain, uids=[r.uid for r in rows], seed=self.cfg.run.seed,
-        ).weights  # fmt: skip
+        """Weights of a selector without re-solve, at the start."""
+        self.enter("adapters/start")
+        return one_shot(self.work, next(iter(self.gains().values())), method, total)
 
     def plan(self) -> dict[str, Tensor]:
         """Weights of U2A and of every baseline, all with the same total."""
