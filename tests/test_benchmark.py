@@ -134,8 +134,8 @@ def test_rows_are_kept_and_tables_written(tmp_path, monkeypatch):
             rows = {
                 "predicted": base | {"design": "single", "weight": 0.1, "estimator": "ggn",
                                      "rho": 0.5, "low": 0.1, "high": 0.9},
-                "alignment": base | {"total": 0.72, "selector": "uniform", "gain": 0.25, "validation": 0.2,
-                                     "epochs": 1.0, "shares": {"harmful": 1.0}},
+                "alignment": base | {"total": 0.72, "selector": "uniform", "gain": 0.25,
+                                     "validation": 0.2, "epochs": 1.0, "shares": {"harmful": 1.0}},
                 "detection": base | {"estimator": "ggn", "auroc": 0.75},
                 "upper": base | {"selector": (*args, "")[0], "gain": 0.5, "ratio": 1.2},
             }[name]  # fmt: skip
@@ -170,9 +170,9 @@ def test_rows_are_kept_and_tables_written(tmp_path, monkeypatch):
 
 
 def test_the_total_weight_is_chosen_on_validation_pairs_alone():
+    measured = [(0, 1, 0.1, 0.3), (0, 2, 0.2, 0.05), (1, 1, 0.4, 0.1), (1, 2, 0.3, 0.9)]
+    keys = "seed", "total", "validation", "gain"
     rows = [
-        {"loss": "npo", "selector": "uniform", "seed": seed, "total": total, "validation": v,
-         "gain": g}
-        for seed, total, v, g in [(0, 1, 0.1, 0.3), (0, 2, 0.2, 0.05), (1, 1, 0.4, 0.1), (1, 2, 0.3, 0.9)]
-    ]  # fmt: skip
+        {"loss": "npo", "selector": "uniform"} | dict(zip(keys, m, strict=True)) for m in measured
+    ]
     assert tuned(rows) == {("npo", "uniform"): [0.05, 0.1]}
