@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 STATUS = Path("/proc/self/status")
 
 
@@ -103,6 +103,16 @@ def interleaved(calls: dict[str, Call], rounds: int = 9) -> dict[str, float]:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def double_backward(
+    f: Call, primal: list[torch.Tensor], tangent: list[torch.Tensor], cotangent: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """torch's own second order of f: forward, backward with a graph, backward of <it, tangent>."""
+    leaves = [x.detach().requires_grad_() for x in primal]
+    first = torch.autograd.grad(f(*leaves), leaves, cotangent, create_graph=True)
+    pairing = torch.stack([(d * t).sum() for d, t in zip(first, tangent, strict=True)]).sum()
+    return torch.autograd.grad(pairing, leaves) if pairing.requires_grad else first
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-// The CUDA kernels of dual_softmax run by the host; see test_cuda_library.py.
+// The CUDA kernels of dual_softmax run by the host; see test_dual_softmax.py.
 #include <cstring>
 
 #include "cuda_on_cpu.h"  // before the kernels, which need its macros

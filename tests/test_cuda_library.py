@@ -1,5 +1,5 @@
 """The CUDA library without a GPU: nvcc builds it, it loads and registers, no kernel spills, and the
-kernels, run thread by thread on the CPU, give what the references give.
+kernels of grad_sketch, run thread by thread on the CPU, give what the reference gives.
 """
 
 import ctypes
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_cpu import compiled
 
 import u2a_kernels
 from cases.grad_sketch import oracle, words
-from u2a_kernels.ops import dual_softmax as softmax
 from u2a_kernels.ops import grad_sketch as op
 from u2a_kernels.testing import assert_within_budget, offsets_of, randn
 
@@ -25,7 +25,6 @@ SOURCES += (ROOT / "csrc").glob("*_cuda.cpp")
 KERNELS = {"sketch_kernel": 15, "sketch_table_kernel": 1, "sketch_sum_kernel": 1}
 KERNELS |= {"dual_softmax_kernel": 26, "dual_softmax_bwd_kernel": 23}
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
-CXX = os.environ.get("CXX", "g++")
 
 
 @pytest.fixture(scope="session")
@@ -131,17 +130,6 @@ def test_one_owner_of_the_cuda_key(built, torch_cuda, tmp_path, monkeypatch):
     assert has is not library_owns
 
 
-def compiled(stem, folder):
-    """The library of tests/`stem`_on_cpu.cpp."""
-    if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler {CXX}")
-    out = folder.mktemp("on_cpu") / "kernels.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"]
-    source = ROOT / f"tests/{stem}_on_cpu.cpp"
-    subprocess.run([CXX, *flags, f"-I{ROOT / 'csrc'}", source, "-o", out], check=True)
-    return ctypes.CDLL(str(out))
-
-
 @pytest.fixture(scope="session")
 def on_cpu(tmp_path_factory):
     lib = compiled("grad_sketch", tmp_path_factory)
@@ -184,65 +172,6 @@ def test_kernels_on_the_cpu(on_cpu, log2, k, splits, staged):
     assert_within_budget(got, exact, op.reference(x, g, offsets, k, 11))
     again = emulated(on_cpu, log2, x, g, offsets, k, 11, splits, staged)
     assert torch.equal(got, again), "any order of the threads must give the same bits"
-
-
-@pytest.fixture(scope="session")
-def softmax_on_cpu(tmp_path_factory):
-    return compiled("dual_softmax", tmp_path_factory)
-
-
-PIECES = {"float32_wide": 4, "float32_narrow": 1, "bfloat16_wide": 8, "bfloat16_narrow": 1}
-PIECES["float64_narrow"] = 1
-THREADS = {0: 8 * 2, 1: 32 * 4, 2: 128 * 4, 3: 128 * 2}  # by shape: threads times pieces of a tile
-
-
-def guarded(like):
-    """A NaN tensor between NaN rows, and the whole of it."""
-    whole = torch.full((like.shape[0] + 2, like.shape[1]), float("nan"), dtype=like.dtype)
-    return whole[1:-1], whole
-
-
-def run_softmax(lib, name, shape, *tensors, ggn=None):
-    """`tensors` to a new one, the rows around which stay as they were."""
-    out, whole = guarded(tensors[0])
-    i64, rows, v = ctypes.c_int64, out.shape[0] // 2, out.shape[1]
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*tensors, out)]
-    function = getattr(lib, name if ggn is None else f"{name}_bwd")
-    function(shape, *pointers, i64(rows), i64(v), *([] if ggn is None else [int(ggn)]))
-    assert whole[0].isnan().all() and whole[-1].isnan().all()
-    return out
-
-
-def softmax_inputs(name, v):
-    """Nine rows: with masked entries, large logits, one with a NaN; a mean in g."""
-    dtype = getattr(torch, name.split("_")[0])
-    z, grad = randn(18, v, seed=1, dtype=dtype), randn(18, v, seed=2, dtype=dtype)
-    grad[9:] += 100
-    z[0, : v // 3] = float("-inf")
-    z[1] *= 1e4
-    z[2, -1] = float("nan")
-    return z, grad
-
-
-@pytest.mark.parametrize("shape", THREADS)
-@pytest.mark.parametrize("name", PIECES)
-def test_softmax_kernels_on_the_cpu(softmax_on_cpu, name, shape):
-    """One piece, a ragged number of them and full tiles; two and a half tiles where read twice."""
-    full, rows = THREADS[shape], [i for i in range(18) if i % 9 != 2]
-    for pieces in (1, full - 3, full) if shape < 3 else (2 * full + full // 2 + 1,):
-        z, grad = softmax_inputs(name, PIECES[name] * pieces)
-        out = run_softmax(softmax_on_cpu, name, shape, z)
-        exact = softmax.reference(z.double(), "hvp")
-        assert_within_budget(out[rows], exact[rows], softmax.reference(z, "hvp")[rows], name)
-        assert out[2].isnan().all()
-        for ggn in (False, True):
-            dz = run_softmax(softmax_on_cpu, name, shape, grad, out, ggn=ggn)
-            exact = softmax.reference_bwd(grad.double(), out.double(), ggn)
-            plain = softmax.reference_bwd(grad, out, ggn)
-            assert_within_budget(dz[rows], exact[rows], plain[rows], f"{name} ggn={ggn}")
-            again = run_softmax(softmax_on_cpu, name, shape, grad, out, ggn=ggn)
-            assert torch.equal(dz[rows], again[rows])
-            assert not ggn or not dz[9:].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
