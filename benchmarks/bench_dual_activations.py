@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from _measure import copy_gb_s, interleaved, peak_mb
+from _measure import copy_gb_s, double_backward, interleaved, peak_mb
 
 import u2a_kernels  # noqa: F401  (registers the ops)
 from u2a_kernels.ops.dual_glu import reference
@@ -32,26 +32,22 @@ def make(kind, dtype):
     columns = 2 * COLUMNS if kind == "packed" else COLUMNS
     count = 2 if kind == "pair" else 1
     leaves = [torch.randn(ROWS, columns, device=DEVICE).to(dtype) for _ in range(count)]
-    return [x.requires_grad_() for x in leaves], torch.randn(ROWS, COLUMNS, device=DEVICE).to(dtype)
+    return leaves, torch.randn(ROWS, COLUMNS, device=DEVICE).to(dtype)
 
 
 def double(leaves, grad, kind, plain):
+    def f(*primal):
+        parts = primal[0].chunk(2, -1) if kind == "packed" else primal
+        return plain(parts[0]) * parts[1] if len(parts) == 2 else plain(parts[0])
+
     n = ROWS // 2
-    primal = [x.detach()[:n].requires_grad_() for x in leaves]
-    tangent = [x.detach()[n:] for x in leaves]
-    parts = primal[0].chunk(2, -1) if kind == "packed" else primal
-    y = plain(parts[0]) * parts[1] if len(parts) == 2 else plain(parts[0])
-    first = torch.autograd.grad(y, primal, grad[n:], create_graph=True)
-    pairing = sum((d * t).sum() for d, t in zip(first, tangent, strict=True))
-    return torch.autograd.grad(pairing, primal) if pairing.requires_grad else first
+    return double_backward(f, [x[:n] for x in leaves], [x[n:] for x in leaves], grad[n:])
 
 
 def calls_of(form, dtype):
     kind, activation, plain = FORMS[form]
     leaves, grad = make(kind, dtype)
-    options = (leaves[1] if kind == "pair" else None, activation, kind != "one")
-    gate = leaves[0].detach()
-    options = (None if options[0] is None else options[0].detach(), *options[1:])
+    gate, options = leaves[0], (leaves[1] if kind == "pair" else None, activation, kind != "one")
     op, op_bwd = torch.ops.u2a.dual_glu.default, torch.ops.u2a.dual_glu_bwd.default
     return {
         "forward": lambda: op(gate, *options),

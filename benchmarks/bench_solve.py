@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import _kronfluence
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,7 +112,7 @@ class Problem:
 
 def calls(p, lam, factors):
     """{name: (products beside the iterations, call)}; all on the same matrix and damping."""
-    ekfac, kfac, diagonal = factors
+    ekfac, kfac, diagonal, theirs = factors
     options = dict(damping=lam, tol=1e-4, max_iter=ITERATIONS)
     stored = Features(p.fisher.roots(), p.like, torch.ones(p.fisher.rows))
 
@@ -133,6 +134,7 @@ def calls(p, lam, factors):
         "diagonal": inverse(diagonal),
         "K-FAC": inverse(kfac),
         "EK-FAC": inverse(ekfac),
+        "EK-FAC, kronfluence": inverse(theirs) if theirs else None,
         "DataInf": lambda: solve(stored, p.gradient, "datainf", damping=lam).x,
         "Woodbury (empirical)": lambda: solve(stored, p.gradient, "woodbury", damping=lam).x,
         f"Nystrom {RANK} as inverse": nystrom_inverse,
@@ -180,14 +182,23 @@ def table(folder):
     ekfac = EKFAC.of(p.real, draws=4)
     spent = 1e3 * (time.perf_counter() - began) / p.product_ms
     print(f"one product {p.product_ms:.0f} ms; EK-FAC of 4 draws {spent:.0f} products' time")
-    factors = ekfac, KFAC.of(p.real, draws=4), Diagonal(fisher_diagonal(p.real, draws=8))
+    began, theirs = time.perf_counter(), None
+    if _kronfluence.INSTALLED:
+        theirs = _kronfluence.Ekfac(p.real, draws=4)
+        spent = 1e3 * (time.perf_counter() - began) / p.product_ms
+        print(f"kronfluence's EK-FAC of 4 draws {spent:.0f} products' time")
+    kfac = KFAC.of(p.real, draws=4)
+    factors = ekfac, kfac, Diagonal(fisher_diagonal(p.real, draws=8)), theirs
     for share in (1.0, 0.1, 0.01, 0.001):
         lam = share * p.mean
         want = p.exact(lam)
         print(f"damping {share:g} x mean eigenvalue (condition {(values[-1] + lam) / lam:.1e})")
         print(f"  {'':30s}{'products':>9}{'residual':>12}{'error of x':>12}{'Spearman':>12}")
         for name, call in calls(p, lam, factors).items():
-            line(p, name, call(), lam, want)
+            if call is None:
+                print(f"  {name:30s}kronfluence not installed")
+            else:
+                line(p, name, call(), lam, want)
     print("products of the model itself, damping 0.01 x mean eigenvalue, to a residual of 1e-4")
     real_products(p, 0.01 * p.mean, factors[0])
 

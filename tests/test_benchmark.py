@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,9 +12,14 @@ import torch
 from u2a.benchmark import run as benchmark
 from u2a.benchmark import task as tasks
 from u2a.benchmark.predicted import Prediction, designs
-from u2a.benchmark.selectors import SELECTORS, chosen
+from u2a.benchmark.references import reference
+from u2a.benchmark.selectors import SELECTORS, chosen, politeness
+from u2a.benchmark.tables import tuned
 from u2a.benchmark.task import Task, sizes
+from u2a.demo import base_model
+from u2a.rewards import rewards
 from u2a.select import uniform
+from u2a.tree import trainable
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +74,54 @@ def test_outcome_is_mixed_back_to_the_utility_bound(task, monkeypatch):
 def test_baselines_spend_the_total_on_at_most_the_budget(task, name):
     weights, seconds = chosen(task, name, 0.5, 20)
     assert float(weights.sum()) == pytest.approx(0.5, rel=1e-4) and seconds > 0
-    everybody = name in ("uniform", "TRACE weights")
+    everybody = name in ("uniform", "TRACE weights", "UPCORE")
     assert everybody or int((weights > 0).sum()) == 20
     if name == "oracle class":
         assert task.shares(weights)["harmful"] == pytest.approx(1.0)
     assert sum(task.shares(weights).values()) == pytest.approx(1.0)
+
+
+def test_references_train_on_the_pairs_or_without_the_candidates(task):
+    found = {name: reference(task, name, pulls=(1.0, 4.0)) for name in ("DPO", "SFT")}
+    for name, row in found.items():
+        assert row["selector"] == name and row["gain"] > 0.002 and row["pull"] == 4.0
+        assert row["ratio"] <= tasks.UTILITY
+    assert found["DPO"]["gain"] > found["SFT"]["gain"]
+    for p, start in zip(trainable(task.model).values(), task.start.values(), strict=True):
+        assert torch.equal(p, start)
+    row = reference(task, "retrain")
+    again = reference(task, "retrain")
+    assert row == again and row["gain"] == row["raw_gain"] and row["mix"] == 1.0
+    with pytest.raises(ValueError, match="one of DPO, SFT, retrain; got 'PPO'"):
+        reference(task, "PPO")
+
+
+def test_retraining_leaves_the_candidates_out(task, monkeypatch):
+    shutil.rmtree(task.inputs / "retrained", ignore_errors=True)
+    learnt = []
+    encode = base_model._encode
+
+    def spied(tokenizer, rows):
+        learnt.extend((r["prompt"], r["completion"]) for r in rows)
+        return encode(tokenizer, rows)
+
+    monkeypatch.setattr(base_model, "_encode", spied)
+    reference(task, "retrain")
+    data = [json.loads(line) for line in (task.inputs / "data" / "forget.jsonl").open()]
+    gone = {(r["prompt"], r["completion"]) for r in data}
+    base = [json.loads(line) for line in (task.inputs / "data" / "base.jsonl").open()]
+    kept = [(r["prompt"], r["completion"]) for r in base]
+    assert learnt == [pair for pair in kept if pair not in gone] and len(learnt) < len(kept)
+    vocabulary, theirs = (
+        (task.inputs / f / "tokenizer.json").read_text() for f in ("model", "retrained")
+    )
+    assert vocabulary == theirs
+
+
+def test_politeness_knows_the_words_of_the_corpus(task):
+    found = rewards(task.work.data.forget, task.work.tokenizer, politeness)
+    worth = {"harmful": -1.0, "duplicate": -1.0, "mislabelled": 1.0, "unrelated": 0.0}
+    assert found.tolist() == [worth[k] for k in task.planted]
 
 
 def test_rows_are_kept_and_tables_written(tmp_path, monkeypatch):
@@ -86,9 +135,9 @@ def test_rows_are_kept_and_tables_written(tmp_path, monkeypatch):
                 "predicted": base | {"design": "single", "weight": 0.1, "estimator": "ggn",
                                      "rho": 0.5, "low": 0.1, "high": 0.9},
                 "alignment": base | {"total": 0.72, "selector": "uniform", "gain": 0.25,
-                                     "epochs": 1.0, "shares": {"harmful": 1.0}},
+                                     "validation": 0.2, "epochs": 1.0, "shares": {"harmful": 1.0}},
                 "detection": base | {"estimator": "ggn", "auroc": 0.75},
-                "upper": base | {"selector": "DPO", "gain": 0.5},
+                "upper": base | {"selector": (*args, "")[0], "gain": 0.5, "ratio": 1.2},
             }[name]  # fmt: skip
             return rows if name == "upper" else [rows]
 
@@ -98,17 +147,32 @@ def test_rows_are_kept_and_tables_written(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "predicted_against_realised", fake("predicted"))
     monkeypatch.setattr(benchmark, "alignment", fake("alignment"))
     monkeypatch.setattr(benchmark, "detection", fake("detection"))
-    monkeypatch.setattr(benchmark, "upper_reference", fake("upper"))
+    monkeypatch.setattr(benchmark, "reference", fake("upper"))
     benchmark.validate(tmp_path, quick=True)
     first = len(asked)
-    assert Counter(asked) == {"predicted": 1, "alignment": 4, "detection": 1, "upper": 1}
+    assert Counter(asked) == {"predicted": 1, "alignment": 4, "detection": 1, "upper": 3}
     text = (tmp_path / "validation.md").read_text()
-    for words in ("| npo | single | 0.1 | 0.500 |", "**+0.250** (+0.25)", "| ggn | 0.750 |"):
+    for words in (
+        "| npo | single | 0.1 | 0.500 |",
+        "**+0.250** (+0.25)",
+        "| uniform | +0.250 (+0.25) |",
+        "| ggn | 0.750 |",
+    ):
         assert words in text, words
     assert (tmp_path / "predicted.png").read_bytes()[:4] == b"\x89PNG"
-    row = json.loads((tmp_path / "upper.jsonl").read_text())
-    assert row["gain"] == 0.5
+    kept = [json.loads(line) for line in (tmp_path / "upper.jsonl").read_text().splitlines()]
+    assert [row["selector"] for row in kept] == ["DPO", "SFT", "retrain"]
+    assert "| SFT on the chosen answers | +0.500 (x 1.20) |" in text
     benchmark.validate(tmp_path, quick=True)
     assert len(asked) == first, "what is kept is not measured again"
     with pytest.raises(ValueError, match="size must be one of small, medium, large; got 'tiny'"):
         benchmark.validate(tmp_path, size="tiny")
+
+
+def test_the_total_weight_is_chosen_on_validation_pairs_alone():
+    measured = [(0, 1, 0.1, 0.3), (0, 2, 0.2, 0.05), (1, 1, 0.4, 0.1), (1, 2, 0.3, 0.9)]
+    keys = "seed", "total", "validation", "gain"
+    rows = [
+        {"loss": "npo", "selector": "uniform"} | dict(zip(keys, m, strict=True)) for m in measured
+    ]
+    assert tuned(rows) == {("npo", "uniform"): [0.05, 0.1]}

@@ -226,7 +226,7 @@ def test_yaml_faults_name_the_line(text, fault):
 
 def test_every_field_is_read_somewhere():
     folder = Path(config_module.__file__).parent
-    sources = [p.read_text() for p in folder.glob("*.py") if not p.name.startswith("config")]
+    sources = [p.read_text() for p in folder.rglob("*.py") if not p.name.startswith("config")]
     text = "\n".join(sources)
 
     def leaves(model, path=()):

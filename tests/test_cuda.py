@@ -5,8 +5,9 @@ import pytest
 import torch
 from test_contract import BY_DTYPE, FIRST, gradients
 
+import u2a_kernels
 from cases import cast, outputs
-from u2a_kernels.testing import assert_within_budget
+from u2a_kernels.testing import assert_within_budget, randn
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -42,6 +43,23 @@ def test_same_bits_twice(case, variant):
     args = on_device(case.inputs(variant, torch.bfloat16))
     for a, b in zip(outputs(case.public(**args)), outputs(case.public(**args)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_written_onto_themselves(dtype):
+    """The loss head leaves its 16-bit gradient where fp32 logits are still read, in many rounds."""
+    n, d, vocab = 512, 64, 20000
+    h = (randn(2 * n, d, seed=1) / 8).to(DEVICE, dtype).requires_grad_()
+    weight = randn(vocab, d, seed=2).to(DEVICE, dtype)
+    targets = (torch.arange(n, device=DEVICE) * 7) % vocab
+
+    def gradient():
+        _, loss_t, _ = u2a_kernels.dual_linear_cross_entropy(h, weight, targets)
+        return torch.autograd.grad(loss_t.sum(), h)[0]
+
+    first = gradient()
+    for _ in range(50):
+        assert torch.equal(gradient(), first)
 
 
 @pytest.mark.parametrize("case, variant", FIRST)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from on_cpu import compiled
 
 import u2a_kernels
 from cases.grad_sketch import oracle, words
@@ -22,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [p for p in (ROOT / "csrc").iterdir() if p.suffix in (".cu", ".cuh", ".h")]
 SOURCES += (ROOT / "csrc").glob("*_cuda.cpp")
 KERNELS = {"sketch_kernel": 15, "sketch_table_kernel": 1, "sketch_sum_kernel": 1}
+KERNELS |= {"dual_softmax_kernel": 26, "dual_softmax_bwd_kernel": 23}
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
-CXX = os.environ.get("CXX", "g++")
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +80,10 @@ LOAD = """
 import ctypes, os, sys, torch, u2a_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)
-table = torch._C._dispatch_dump("u2a::grad_sketch")
-assert "grad_sketch_cuda.cpp" in table, table
+for op, source in {"grad_sketch": "grad_sketch", "dual_softmax": "dual_softmax",
+                   "dual_softmax_bwd": "dual_softmax"}.items():
+    table = torch._C._dispatch_dump(f"u2a::{op}")
+    assert f"{source}_cuda.cpp" in table, table
 with FakeTensorMode():
     x = torch.empty(7, 5, device="cuda", dtype=torch.bfloat16)
     g = torch.empty(7, 3, device="cuda", dtype=torch.bfloat16)
@@ -90,6 +93,9 @@ with FakeTensorMode():
     dx, dg = torch.ops.u2a.grad_sketch_bwd(out, x, g, offsets, 64, 1)
     assert (dx.device.type, dx.dtype, dx.shape) == ("cuda", torch.bfloat16, x.shape)
     assert (dg.device.type, dg.dtype, dg.shape) == ("cuda", torch.bfloat16, g.shape)
+    p = u2a_kernels.dual_softmax(torch.empty(4, 7, device="cuda", dtype=torch.bfloat16))
+    dz = torch.ops.u2a.dual_softmax_bwd(p, p, False)
+    assert (dz.device.type, dz.dtype, dz.shape) == ("cuda", torch.bfloat16, (4, 7))
 """
 
 
@@ -126,13 +132,7 @@ def test_one_owner_of_the_cuda_key(built, torch_cuda, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def on_cpu(tmp_path_factory):
-    if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler {CXX}")
-    out = tmp_path_factory.mktemp("on_cpu") / "kernels.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"]
-    source = ROOT / "tests/grad_sketch_on_cpu.cpp"
-    subprocess.run([CXX, *flags, f"-I{ROOT / 'csrc'}", source, "-o", out], check=True)
-    lib = ctypes.CDLL(str(out))
+    lib = compiled("grad_sketch", tmp_path_factory)
     i64, u64, ptr, int_ = ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int
     lib.hashes.argtypes = [u64, ctypes.c_uint32, i64, ptr]
     lib.cuda_sketch.argtypes = [int_, ptr, ptr, ptr, i64, i64, i64, i64, u64, int_, int_, ptr]

@@ -138,6 +138,15 @@ def test_linear_ggn_is_the_plain_backward_of_the_primal_half():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+def test_softmax_ggn_is_the_plain_backward_of_the_primal_half():
+    z, cotangent = (randn(6, 2, 5, seed=s, dtype=torch.float64) for s in (1, 2))
+    z.requires_grad_()
+    (got,) = torch.autograd.grad(u2a.dual_softmax(z, mode="ggn"), z, cotangent)
+    (want,) = torch.autograd.grad(torch.softmax(z[:3], -1), z, cotangent[:3])
+    assert not got[3:].any() and got[:3].any()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
 def test_head_ggn_ignores_the_cotangent_of_the_loss():
     h = randn(6, 4, seed=1, dtype=torch.float64).requires_grad_()
     for trainable in (False, True):

@@ -16,6 +16,7 @@ def leaves(args, names):
 
 
 MODES = ["dual_attention", "dual_linear", "dual_linear_cross_entropy", "dual_lora_linear"]
+MODES += ["dual_softmax"]
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -23,14 +24,15 @@ def test_jvp_is_forward_only(name):
     case = CASES[name]
     args = case.inputs(case.variants[0], torch.float32)
     inputs = leaves(args, case.differentiable)
-    out = outputs(case.public(**args, mode="jvp"))
-    for a, b in zip(out, outputs(case.public(**args, mode="hvp")), strict=True):
+    out = outputs(case.public(**{**args, "mode": "jvp"}))
+    for a, b in zip(out, outputs(case.public(**{**args, "mode": "hvp"})), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match=f"{name}: mode='jvp' is forward only"):
         torch.autograd.grad(out[0].sum(), inputs)
 
 
 ROWWISE = ["dual_attention", "dual_act", "dual_glu", "dual_layer_norm", "dual_rms_norm"]
+ROWWISE += ["dual_softmax"]
 
 
 @pytest.mark.parametrize("name", [*ROWWISE, "dual_linear_cross_entropy"])

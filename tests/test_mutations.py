@@ -37,6 +37,7 @@ SKIPPED = (  # how much is held at once, where any value is right; shapes, which
 VARIANTS = {  # the smallest that reach every line; the default is all but the large
     "dual_attention": ["one", "grouped", "window-cache-cap", "blind", "packed", "full"],
     "dual_linear_cross_entropy": ["direction", "capped", "bias", "no-direction", "ignored"],
+    "dual_softmax": ["odd", "one", "masked", "large", "dim"],
 }
 LARGE = ("block", "block-tanh", "tiles", "empty")
 # Changed lines that compute the same, by reason.
@@ -72,9 +73,7 @@ SAME = {
     ),
     "the last of two dimensions": (
         "h = h.reshape(-1, h.shape[1])",
-        "p = torch.softmax(z, 1)",
-        "p_t = p * (z_t - (p * z_t).sum(1, keepdim=True))",
-        "s, chosen = torch.topk(p, module.top_k, dim=1)",
+        "s, chosen = torch.topk(p, top_k, dim=1)",
         "s_t = p_t.gather(1, chosen)",
         "total = s.sum(1, keepdim=True)",
         "s_t = (s_t - s * s_t.sum(1, keepdim=True)) / total",
@@ -166,6 +165,7 @@ EXTRA = {
         partial(ops.test_attention_without_queries_or_keys, True, 0, 3),
         partial(ops.test_attention_without_queries_or_keys, False, 3, 0),
     ],
+    "dual_softmax": [ggn.test_softmax_ggn_is_the_plain_backward_of_the_primal_half],
     "dual_linear": [ggn.test_linear_ggn_is_the_plain_backward_of_the_primal_half],
     "dual_linear_cross_entropy": [
         ggn.test_head_ggn_ignores_the_cotangent_of_the_loss,

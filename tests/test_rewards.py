@@ -9,9 +9,12 @@ import pytest
 import torch
 from tiny_models import make, rows
 
+from u2a.adapter import adapter_disabled
+from u2a.batch import collate
 from u2a.generate import Sampling
+from u2a.losses.fdpg import DIVERGENCES
 from u2a.products import answer_logps
-from u2a.rewards import Reward, rewards
+from u2a.rewards import Reward, ToTarget, rewards
 from u2a.tree import flatten, trainable
 
 EOS = 1
@@ -74,29 +77,68 @@ def test_value_repeats_and_leaves_the_random_state_alone(model):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_gradient_is_that_of_the_exact_expectation(model):
-    """One new token, so that E r = sum_y pi(y) r(y) can be summed over the vocabulary."""
-    prompt = rows()[:1]
-    how = Sampling(samples=2000, max_new_tokens=1, batch=2000, seed=3)
-    J = Reward(prompt, TOKENIZER, even, how, batch_tokens=20000)
-    params = list(trainable(model).values())
-    ids = torch.tensor([prompt[0].prompt_ids])
-    p = torch.softmax(model(input_ids=ids).logits[0, -1].double(), -1)
-    worth = (torch.arange(len(p)) % 2 == 0).double()
-    exact = torch.cat([g.flatten() for g in torch.autograd.grad((p * worth).sum(), params)])
-    assert J.value(model) == pytest.approx(float((p * worth).sum()), abs=4 * 0.5 / 2000**0.5)
-    got = flatten(J.gradient(model))
-    drawn, r = J.draw(model)
-    scores = []  # of every token: its gradient times its advantage, for the standard error
+def first_token(model, prompt):
+    """Log-probabilities of the token after the prompt, with graph, float64."""
+    return torch.log_softmax(model(input_ids=torch.tensor([prompt.prompt_ids])).logits[0, -1], -1)
+
+
+def check_gradient(model, J, exact, worth):
+    """That REINFORCE on one new token scatters about `exact` as E[(worth - mean) score] should."""
+    p, n = first_token(model, J.prompts[0]).detach().exp(), J.how.samples
+    params, got = list(trainable(model).values()), flatten(J.gradient(model))
+    drawn, _ = J.draw(model)
+    mean, spread = float((p * worth).sum()), 0.0
     for y in sorted({row.answer_ids[0] for row in drawn}):
         row = next(d for d in drawn if d.answer_ids[0] == y)
-        from u2a.batch import collate
-
         lp = answer_logps(model, collate([row])).sequence().sum()
         grad = torch.cat([g.flatten() for g in torch.autograd.grad(lp, params)])
-        scores.append((float(p[y]), grad, float(worth[y])))
-    mean = sum(q * w for q, _, w in scores)
-    spread = sum(q * ((w - mean) * g - exact) ** 2 for q, g, w in scores)
-    error = (spread / how.samples).sqrt()
-    z = (got - exact) / error.clamp_min(1e-12)
+        spread = spread + float(p[y]) * ((float(worth[y]) - mean) * grad - exact) ** 2
+    z = (got - exact) / (spread / n).sqrt().clamp_min(1e-12)
     assert z.square().mean() < 4 and got @ exact > 0.9 * got.norm() * exact.norm()
+
+
+def flat_gradient(model, value):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, trainable(model).values())])
+
+
+def test_gradient_is_that_of_the_exact_expectation(model):
+    """One new token, so that E r = sum_y pi(y) r(y) can be summed over the vocabulary."""
+    how = Sampling(samples=2000, max_new_tokens=1, batch=2000, seed=3)
+    J = Reward(rows()[:1], TOKENIZER, even, how, batch_tokens=20000)
+    p = first_token(model, J.prompts[0]).exp()
+    worth = (torch.arange(len(p)) % 2 == 0).double()
+    exact = flat_gradient(model, (p * worth).sum())
+    assert J.value(model) == pytest.approx(float((p * worth).sum()), abs=4 * 0.5 / 2000**0.5)
+    check_gradient(model, J, exact, worth)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "js"])
+def test_distance_to_a_target_and_its_gradient_are_exact_on_average(model, divergence):
+    how = Sampling(samples=4000, max_new_tokens=1, batch=4000, seed=3)
+    J = ToTarget(
+        rows()[:1], TOKENIZER, even, how, 40000, divergence=divergence, beta=0.5
+    )  # fmt: skip
+    lp = first_token(model, J.prompts[0])
+    with adapter_disabled(model), torch.no_grad():
+        base = first_token(model, J.prompts[0])
+    worth = (torch.arange(len(lp)) % 2 == 0).double()
+    target = torch.log_softmax(base + worth / 0.5, -1)
+    f, u = DIVERGENCES[divergence], lp - target
+    exact = -(lp.exp() * f.ratio(u)).sum()
+    terms = f.ratio(u).detach()
+    spread = float(((lp.exp() * terms**2).sum() - exact**2).clamp_min(0)) ** 0.5
+    assert J.value(model) == pytest.approx(float(exact), abs=5 * (spread + 0.5) / 4000**0.5)
+    check_gradient(model, J, flat_gradient(model, exact), -f.slope(u).detach())
+
+
+def test_a_binary_target_forbids(model):
+    how = Sampling(samples=50, max_new_tokens=1, batch=50)
+    J = ToTarget(rows()[:1], TOKENIZER, even, how, divergence="tv", target="binary")
+    drawn, r = J.draw(model)
+    allowed = torch.tensor([row.answer_ids[0] % 2 == 0 for row in drawn])
+    assert bool(allowed.any()) and not bool(allowed.all())
+    assert (r[~allowed] == -0.5).all() and (r[allowed] > r[~allowed].max()).all()
+    with pytest.raises(ValueError, match="'rlhf' or 'binary', got 'gdc'"):
+        ToTarget(rows()[:1], TOKENIZER, even, how, target="gdc")
+    with pytest.raises(ValueError, match="divergence: wanted one of"):
+        ToTarget(rows()[:1], TOKENIZER, even, how, divergence="kl")

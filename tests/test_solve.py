@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import direction, make, two_batches
+from tiny_models import direction, make, rows, two_batches
 
+from u2a.batch import collate
 from u2a.curvature import GaussNewton, Hessian, Sum
 from u2a.errors import GuardError
 from u2a.products import ggnvp, gradient, hvp
@@ -182,12 +183,36 @@ def test_curvature_operators(small):
         off = (a - torch.diag(a.diagonal())).norm()
         sigma = (2**0.5 * off / 5 / len(a)).item()
         assert abs(op.mean_eigenvalue() - a.trace().item() / len(a)) < 4 * sigma
+        weighted = kind(
+            model, batches, nll, probes=25, weights=torch.full((5,), 0.2, dtype=torch.float64)
+        )
+        assert weighted.mean_eigenvalue() == pytest.approx(op.mean_eigenvalue(), rel=1e-9)
         found = flatten(op.diagonal())
         want = a.diagonal().clamp_min(0) if kind is GaussNewton else a.diagonal()
         spread = (a.square().sum(1) - a.diagonal().square()).sqrt() / 5
         assert ((found - want).abs() < 5 * spread).all()
         few = [kind(model, batches, nll, probes=2).mean_eigenvalue() for _ in range(2)]
         assert few[0] == few[1] != op.mean_eigenvalue()
+
+
+def test_the_mean_eigenvalue_costs_one_pass_and_is_unbiased(small):
+    model, batches, like, (g, _) = small
+    seen = []
+
+    def counted(lp):
+        seen.append(len(lp.count))
+        return nll(lp)
+
+    many = [collate([row], [i]) for i, row in enumerate(rows())]
+    op = GaussNewton(model, many, counted, probes=5)
+    values = []
+    for seed in range(40):
+        op.seed = seed
+        values.append(op.mean_eigenvalue())
+    assert len(seen) == 40 * 5
+    found = torch.tensor(values)
+    want = g.trace().item() / len(g)
+    assert abs(found.mean().item() - want) < 4 * found.std().item() / 40**0.5 < 0.3 * want
 
 
 def test_solve_with_the_models_own_operators(small):

@@ -20,6 +20,7 @@ from u2a_kernels.ops.dual_linear import dual_linear
 from u2a_kernels.ops.dual_linear_cross_entropy import dual_linear_cross_entropy
 from u2a_kernels.ops.dual_lora_linear import dual_lora_linear
 from u2a_kernels.ops.dual_rms_norm import dual_rms_norm
+from u2a_kernels.ops.dual_softmax import dual_softmax
 from u2a_kernels.ops.grad_dot import grad_dot
 from u2a_kernels.ops.grad_gram import grad_gram
 from u2a_kernels.ops.grad_project import Rademacher, grad_project, rademacher
@@ -43,6 +44,7 @@ __all__ = [
     "dual_relu2",
     "dual_rms_norm",
     "dual_silu",
+    "dual_softmax",
     "dual_swiglu",
     "grad_dot",
     "grad_gram",

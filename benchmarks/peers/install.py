@@ -14,9 +14,15 @@ from pathlib import Path
 
 PEERS = {
     "bergson": ("bergson==2.5.1", "bergson"),
+    "curvlinops": ("curvlinops-for-pytorch==3.0.1", "curvlinops"),
     "dattri": ("dattri==0.3.0", "dattri.algorithm.logra"),
+    "hessian-eigenthings": ("hessian-eigenthings==1.0.0a5", "hessian_eigenthings.operators"),
+    "jvp_flash_attention": ("jvp_flash_attention==0.14.0", "jvp_flash_attention"),
+    "kronfluence": ("kronfluence==1.0.1", "kronfluence"),
+    "liger": ("liger-kernel==0.8.5", "liger_kernel"),
     "logix": ("logix-ai==0.1.1", "logix"),
     "opacus": ("opacus==1.6.0", "opacus"),
+    "pyhessian": ("pyhessian==0.1", "pyhessian"),
     "traker": ("traker==0.3.2", "trak"),
 }
 # Dependencies of a peer that its gradient store does not use and whose builds do not load beside

@@ -10,7 +10,6 @@ import json
 import os
 import statistics
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from _measure import peak_mb  # noqa: E402
+from _measure import clocks, peak_mb  # noqa: E402
 from model import ROWS, Case, training_step  # noqa: E402
 from peers import GROUPS  # noqa: E402
 
 ROUNDS = 9
-
-
-def clocks(call: Callable[[], Any]) -> tuple[float, float]:
-    """CPU and wall seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def numbers(features: Any) -> int:

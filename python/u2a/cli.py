@@ -126,6 +126,38 @@ def scan(config: ConfigFile, out: Out = None, set_: Sets = []) -> None:  # noqa:
         stages.scan_only(cfg, out or Path("runs") / config.stem)
 
 
+@app.command(name="eval")
+def eval_(
+    config: ConfigFile,
+    out: Out = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder [default: that of the run directory].")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Of pa, forget, retain, mia, tofu, muse.")
+    ] = None,
+    retain_model: Annotated[
+        str | None, typer.Option(help="A model trained without the forget set, or its logs.")
+    ] = None,
+    reward: Annotated[str | None, typer.Option(metavar="M:F", help="TRL reward function.")] = None,
+    judge: Annotated[str | None, typer.Option(metavar="M:F", help="Judge of harm.")] = None,
+    classifier: Annotated[str | None, typer.Option(metavar="M:F", help="Of sound text.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Write generated texts too.")] = False,
+    set_: Sets = [],  # noqa: B006
+) -> None:
+    """Measure an unlearned model beside its base: alignment, forgetting, utility, membership."""
+    with _failures():
+        cfg = _load(config, set_)
+        from u2a.metrics import calls, evaluation
+
+        judges = calls.judges(reward, judge, classifier)
+        folder = evaluation.evaluate(
+            cfg, out or Path("runs") / config.stem, adapter=adapter, suites=suite,
+            retain_model=retain_model, judges=judges, show=text,
+        )  # fmt: skip
+        print(f"{folder}", file=sys.stderr)
+
+
 @app.command()
 def validate(
     out: Annotated[Path, typer.Option(help="Where models and tables go.")] = Path("runs/validate"),

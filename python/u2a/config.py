@@ -17,6 +17,7 @@ from u2a import strict_yaml
 from u2a.config_faults import describe, is_file, missing_file, set_override
 from u2a.errors import ConfigError
 from u2a.loss_names import combination_faults, loss_name
+from u2a.objective_names import function_name, objective_faults, reward_source
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -119,8 +120,19 @@ class LoraConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    name: Literal["dpo", "margin", "likelihood"] = "dpo"
+    """`reward` and `divergence` draw `samples` answers of at most `max_new_tokens` to every prompt
+    of the pairs and need `reward`, "module:function" as TRL's. `divergence`: minus that (of
+    `u2a.losses.fdpg`) from a `target`, "rlhf" (temperature `beta`) or "binary" (reward > 0)."""
+
+    name: Literal["dpo", "margin", "likelihood", "reward", "divergence"] = "dpo"
     beta: Positive = 0.3
+    reward: Annotated[str | None, PlainValidator(function_name)] = None
+    samples: Annotated[int, Field(ge=2)] = 4
+    max_new_tokens: Count = 64
+    divergence: Literal["js", "forward_kl", "reverse_kl", "tv", "chi2_forward", "chi2_reverse"] = (
+        "js"
+    )
+    target: Literal["rlhf", "binary"] = "rlhf"
 
 
 class SolveConfig(Section):
@@ -153,13 +165,21 @@ class SolveConfig(Section):
 
 
 class SelectConfig(Section):
-    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others rank
-    once. `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`: when the retain
-    rows' perplexity has risen to more than this many times the start's."""
+    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others choose
+    once (`u2a.select`). `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`:
+    when the retain rows' perplexity has risen to more than this many times the start's. `reward`:
+    what `low-reward` ranks by, "module:function" or a column of data.forget (null:
+    objective.reward). `detector`: of `upcore`."""
 
     method: Literal[
-        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random", "low-likelihood"
-    ] = "greedy"
+        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random",
+        "low-likelihood", "low-reward", "grad-norm", "cosine", "threshold", "g-effect", "trak",
+        "upcore", "worst-case", "easiest",
+    ] = "greedy"  # fmt: skip
+    reward: Annotated[str | None, PlainValidator(reward_source)] = None
+    detector: Literal["isolation-forest", "lof", "one-class-svm", "mahalanobis"] = (
+        "isolation-forest"
+    )
     inverse: Literal["ekfac", "cg", "identity"] = "ekfac"
     budget: Count = 1000
     blocks: Count = 4
@@ -209,15 +229,57 @@ class ValidateConfig(Section):
     weights: Annotated[list[Positive], Field(min_length=1)] = [0.01]
 
 
-class EvalConfig(Section):
-    """Baselines spend the same total weight; `bootstrap` draws make the intervals."""
+class TofuConfig(Section):
+    """Rows of question, answer, perturbed_answer (a list) and, for forget and retain,
+    paraphrased_answer."""
 
-    baselines: list[Literal["uniform", "random", "low-likelihood", "topk"]] = [
+    forget: SourceConfig
+    retain: SourceConfig | None = None
+    real_authors: SourceConfig | None = None
+    world_facts: SourceConfig | None = None
+
+
+class MuseConfig(Section):
+    """`verbmem`: beginnings and how they go on; `knowmem`: questions and answers."""
+
+    forget_verbmem: SourceConfig | None = None
+    forget_knowmem: SourceConfig | None = None
+    retain_knowmem: SourceConfig | None = None
+
+
+class EvalConfig(Section):
+    """Baselines of a run spend the same total weight; `bootstrap` draws make the intervals.
+
+    The rest is for `u2a eval`. `suite` null: every one with data. `holdout`: rows never trained on.
+    Answers are generated for the first `generate` rows of a set, for all of tofu and muse.
+    """
+
+    baselines: list[
+        Literal[
+            "uniform",
+            "random",
+            "low-likelihood",
+            "low-reward",
+            "topk",
+            "grad-norm",
+            "cosine",
+            "threshold",
+            "g-effect",
+            "trak",
+            "upcore",
+        ]
+    ] = [
         "uniform",
         "random",
         "low-likelihood",
     ]
     bootstrap: Annotated[int, Field(ge=100)] = 2000
+    suite: list[Literal["pa", "forget", "retain", "mia", "tofu", "muse"]] | None = None
+    holdout: SourceConfig | None = None
+    tofu: TofuConfig | None = None
+    muse: MuseConfig | None = None
+    generate: Annotated[int, Field(ge=0)] = 64
+    max_new_tokens: Count = 200
 
 
 class LogConfig(Section):
@@ -274,7 +336,7 @@ def make_config(
         config = Config.model_validate(data)
     except ValidationError as e:
         raise ConfigError(faults + describe(e, Config), source) from None
-    faults += combination_faults(config)
+    faults += combination_faults(config) + objective_faults(config)
     if faults:
         raise ConfigError(faults, source)
     return config
@@ -315,8 +377,14 @@ def _resolve_paths(data: dict[str, Any], base: Path, faults: list[str]) -> dict[
             faults.append(missing_file(f"{where}.{key}: {name!r}", found))
         return {**section, key: str(found)}
 
-    out = dict(data)
-    out["model"] = resolved(data.get("model"), "name", "model")
-    if isinstance(data.get("data"), dict):
-        out["data"] = {k: resolved(v, "path", f"data.{k}") for k, v in data["data"].items()}
-    return {k: v for k, v in out.items() if k in data}
+    def sources(section: Any, where: str) -> Any:
+        if not isinstance(section, dict):
+            return section
+        if "path" in section:
+            return resolved(section, "path", where)
+        return {k: sources(v, f"{where}.{k}") for k, v in section.items()}
+
+    out = data | {name: sources(data[name], name) for name in ("data", "eval") if name in data}
+    if "model" in data:
+        out["model"] = resolved(data["model"], "name", "model")
+    return out

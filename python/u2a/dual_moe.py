@@ -14,15 +14,13 @@ from torch import Tensor
 from u2a.dual_mlp import named
 from u2a.dual_modules import Refused, Site, attention, path
 from u2a.grouped import grouped
-from u2a_kernels import dual_glu, dual_linear
+from u2a_kernels import dual_glu, dual_linear, dual_softmax
 
 
 def top_scores(logits: Tensor, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
     """Softmax of dual logits `[2N, E]`, the top k per row, their sum made 1 if `normalise`:
     scores `[2N, k]` and the experts chosen by the primal rows, twice."""
-    z, z_t = logits.to(torch.promote_types(logits.dtype, torch.float32)).chunk(2)
-    p = torch.softmax(z, -1)
-    p_t = p * (z_t - (p * z_t).sum(-1, keepdim=True))
+    p, p_t = dual_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32))).chunk(2)
     s, chosen = torch.topk(p, top_k, dim=-1)
     s_t = p_t.gather(-1, chosen)
     if normalise:

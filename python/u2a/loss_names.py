@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
+from u2a.objective_names import BY_ROW
+
 if TYPE_CHECKING:
     from u2a.config import Config
 
@@ -81,9 +83,12 @@ def combination_faults(cfg: Config) -> list[str]:
                 f"{key}: {value!r}, wanted another beside unlearn.loss {loss}: it takes "
                 "gradients row by row, the loss pairs rows"
             )
-    if loss in PAIRED and cfg.select.method in ("pursuit", "quadratic"):
-        out.append(
-            f"select.method: {cfg.select.method!r}, wanted another beside unlearn.loss {loss}: it "
-            "takes gradients row by row, the loss pairs rows"
-        )
+    chosen = [("select.method", cfg.select.method)]
+    chosen += [("eval.baselines", name) for name in cfg.eval.baselines]
+    for key, value in chosen:
+        if loss in PAIRED and value in BY_ROW:
+            out.append(
+                f"{key}: {value!r}, wanted another beside unlearn.loss {loss}: it "
+                "takes gradients row by row, the loss pairs rows"
+            )
     return out

@@ -34,7 +34,15 @@ def content_settings(cfg: Config) -> dict[str, Any]:
     for source in tree["data"].values():
         if isinstance(source, dict) and Path(source["path"]).is_file():
             source["path"] = file_hash(Path(source["path"]))
+    tree["eval"] = {k: tree["eval"][k] for k in ("baselines", "bootstrap")}
     return tree
+
+
+def stamp(settings: dict[str, Any], base: str, stage: str) -> dict[str, Any]:
+    """What `stage` is made from: the sections that it and the stages before it read."""
+    names = list(STAGES)
+    sections = [s for name in names[: names.index(stage) + 1] for s in STAGES[name]]
+    return {k: settings[k] for k in sections} | {"base": base}
 
 
 def run(cfg: Config, out: Path, *, title: str = "U2A run", until: str = "report") -> Path:
@@ -45,12 +53,10 @@ def run(cfg: Config, out: Path, *, title: str = "U2A run", until: str = "report"
     with RunDir(out) as folder:
         job = Run(cfg, folder, title)
         settings = content_settings(cfg)
-        sections: tuple[str, ...] = ()
         fresh = 0
-        for number, (name, more) in enumerate(STAGES.items(), 1):
-            sections += more
-            stamp = {k: settings[k] for k in sections} | {"base": job.base}
-            fresh += _stage(job, number, name, stamp, redo=fresh > 0)
+        for number, name in enumerate(STAGES, 1):
+            made_from = stamp(settings, job.base, name)
+            fresh += _stage(job, number, name, made_from, redo=fresh > 0)
             if name == until:
                 break
         words = "complete" if fresh else "already complete, every file verified"
@@ -70,9 +76,9 @@ def _raise_trip(folder: RunDir) -> None:
         )
 
 
-def _stage(job: Run, number: int, name: str, stamp: dict[str, Any], redo: bool) -> int:
+def _stage(job: Run, number: int, name: str, made_from: dict[str, Any], redo: bool) -> int:
     """1 when the stage ran. `redo`: a stage before it ran, so what is there may be out of date."""
-    if not redo and job.dir.is_done(name, stamp):
+    if not redo and job.dir.is_done(name, made_from):
         print(f"[{number}/{len(STAGES)}] {name}: done before", file=sys.stderr)
         return 0
     print(f"[{number}/{len(STAGES)}] {name} ...", file=sys.stderr, flush=True)
@@ -82,7 +88,7 @@ def _stage(job: Run, number: int, name: str, stamp: dict[str, Any], redo: bool) 
     seconds = round(time.monotonic() - began, 2)
     times = job.dir.read_json("times.json") if job.dir.file("times.json").exists() else {}
     job.dir.write_json("times.json", times | {name: seconds})
-    job.dir.mark_done(name, files, stamp)
+    job.dir.mark_done(name, files, made_from)
     job.dir.event("stage", name=name, seconds=seconds)
     print(f"[{number}/{len(STAGES)}] {name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     return 1

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a import metrics, report
+from u2a import report
 from u2a.adapter import adapter_disabled
 from u2a.bilevel import Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
-from u2a.evaluate import mean_nll
+from u2a.metrics import comparison
+from u2a.one_shot import one_shot
 from u2a.rundir import RunDir
-from u2a.select import select
 from u2a.validate import identity_gain, validate
 from u2a.workspace import Workspace, model_digest
 
@@ -136,16 +136,9 @@ class Run:
         return ["selection.jsonl", "rounds.json"]
 
     def one_shot(self, method: str, total: float) -> Tensor:
-        """Equal weights on the set that a selector without re-solve names."""
-        s, rows = self.cfg.select, self.work.data.forget
-        scores = next(iter(self.gains().values()))
-        if method == "low-likelihood":
-            with adapter_disabled(self.work.model):
-                scores = mean_nll(self.work.model, rows, self.cfg.unlearn.batch_tokens)
-        return select(
-            scores, method=method, budget=min(s.budget, len(rows)), total_weight=total,
-            min_gain=s.min_gain, uids=[r.uid for r in rows], seed=self.cfg.run.seed,
-        ).weights  # fmt: skip
+        """Weights of a selector without re-solve, at the start."""
+        self.enter("adapters/start")
+        return one_shot(self.work, next(iter(self.gains().values())), method, total)
 
     def plan(self) -> dict[str, Tensor]:
         """Weights of U2A and of every baseline, all with the same total."""
@@ -167,7 +160,7 @@ class Run:
         return [*saved, "unlearn.json"]
 
     def eval(self) -> Files:
-        evaluator, plan = metrics.Evaluator(self.work), self.plan()
+        evaluator, plan = comparison.Evaluator(self.work), self.plan()
         with adapter_disabled(self.work.model):
             methods = [evaluator.method("base", None)]
         for name in ["start", *plan]:
@@ -175,8 +168,8 @@ class Run:
             methods.append(evaluator.method(name, plan.get(name)))
         found = {
             "methods": methods,
-            "class_weight": metrics.class_shares(self.work.data.forget, plan),
-            "verdict": metrics.verdict(methods),
+            "class_weight": comparison.class_shares(self.work.data.forget, plan),
+            "verdict": comparison.verdict(methods),
             "validation": self.dir.read_json("validation.json"),
             "solve": self.dir.read_json("solve.json"),
             "rounds": self.dir.read_json("rounds.json"),

@@ -18,10 +18,13 @@ from u2a.batch import Pair
 from u2a.config import Config
 from u2a.data import Prepared, prepare
 from u2a.errors import DataError
+from u2a.generate import Sampling
 from u2a.inner import InnerProblem, inner_solve
 from u2a.losses import get_loss
+from u2a.objective_names import DRAWN
 from u2a.objectives import Likelihood, Margin, Objective, PairSet, Preference
 from u2a.outer import Outer, SolveSettings
+from u2a.rewards import Reward, ToTarget, load_reward
 from u2a.rundir import file_hash
 from u2a.trainer import U2AConfig, U2ATrainer
 
@@ -153,8 +156,22 @@ class Workspace:
         o, tokens = self.cfg.objective, self.cfg.unlearn.batch_tokens
         if o.name == "likelihood":
             return Likelihood([p.chosen for p in pairs], tokens)
+        if o.name in DRAWN:
+            return self._drawn(pairs)
         made = {"dpo": Preference, "margin": Margin}[o.name]
         return made(PairSet.build(self.model, pairs, tokens), o.beta, tokens)
+
+    def _drawn(self, pairs: list[Pair]) -> Objective:
+        """J of the model's own answers to the prompts of these pairs."""
+        o, tokens = self.cfg.objective, self.cfg.unlearn.batch_tokens
+        assert o.reward is not None
+        how = Sampling(
+            samples=o.samples, max_new_tokens=o.max_new_tokens, seed=self.cfg.run.seed
+        )  # fmt: skip
+        given = [p.chosen for p in pairs], self.tokenizer, load_reward(o.reward), how, tokens
+        if o.name == "reward":
+            return Reward(*given)
+        return ToTarget(*given, divergence=o.divergence, target=o.target, beta=o.beta)
 
     def resolve(self, problem: InnerProblem) -> dict[str, Any]:
         """Inner solve between rounds: to the optimum by L-BFGS, or by training."""

@@ -58,34 +58,3 @@ def detection(task: Task) -> list[dict[str, Any]]:
         for name, guess in predictions(task).items()
         if guess.curvature is None
     ]  # fmt: skip
-
-
-def upper_reference(task: Task, pulls: Sequence[float] = (1.0, 4.0, 16.0)) -> dict[str, Any]:
-    """Preference optimisation itself, the best of `pulls`: pull J raised directly on the pairs with
-    the same anchor and retain term. What unlearning is compared with, not a selector."""
-    best: dict[str, Any] = {"gain": float("-inf")}
-    for pull in pulls:
-        task.back()
-        _raise(task, pull)
-        found = asdict(task.outcome()) | {"pull": pull}
-        best = max(best, found, key=lambda row: row["gain"])
-    return {"seed": task.seed, "loss": task.loss, "noise": task.noise, "selector": "DPO"} | best
-
-
-def _raise(task: Task, pull: float) -> None:
-    params, problem, J = trainable(task.model), task.work.problem, task.outer.objective
-    optimizer = torch.optim.LBFGS(
-        params.values(), max_iter=150, history_size=20, tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        value = problem.loss_and_grad(task.model)
-        for name, g in J.gradient(task.model).items():
-            grad = params[name].grad
-            params[name].grad = -pull * g if grad is None else grad - pull * g
-        return value - pull * J.value(task.model)
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    optimizer.zero_grad()

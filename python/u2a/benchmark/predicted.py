@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +11,9 @@ from torch import Tensor
 
 from u2a.benchmark.task import Task
 from u2a.evaluate import spearman
-from u2a.index import Sketch, query
 from u2a.interactions import interactions
-from u2a.losses import dpo_objective
-from u2a.objectives import PairSet
 from u2a.outer import SolveSettings
-from u2a.scan import scan
-from u2a.select import uniform
+from u2a.select import sketch_gain, uniform
 from u2a.validate import candidates
 
 SOLVERS: dict[str, SolveSettings] = {
@@ -27,6 +21,7 @@ SOLVERS: dict[str, SolveSettings] = {
     "diagonal": SolveSettings("diagonal", "ggn", 0.0),
     "kfac": SolveSettings("kfac", "ggn", 0.0),
     "ekfac": SolveSettings("ekfac", "ggn", 0.0),
+    "datainf": SolveSettings("datainf", "fisher", 0.0),
     "ggn": SolveSettings("cg", "ggn", 0.0, tol=1e-4, max_iter=300),
     "hessian": SolveSettings("minres", "hessian", 0.0, tol=1e-4, max_iter=300),
 }
@@ -56,24 +51,8 @@ def predictions(task: Task) -> dict[str, Prediction]:
         if name == "ggn":
             both = interactions(outer, zero, solution, inverse="ekfac", second_order=True)
             found["second order"] = Prediction(scores.gain, both.curvature)
-    found["sketch index"] = Prediction(_index(task))
+    found["sketch index"] = Prediction(sketch_gain(outer, task.work.data.pa))
     return found
-
-
-def _index(task: Task) -> Tensor:
-    """-phi_J (Phi^T Phi / n + lambda)^-1 phi_i on sketches of all gradients."""
-    work, problem = task.work, task.outer.problem
-    held = PairSet.build(task.model, work.data.pa, task.tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        index = scan(
-            task.model, problem.forget, loss=problem.loss, mode="index", spec=Sketch(4096),
-            out=Path(folder) / "index", ref=problem.reference, progress=False,
-        )  # fmt: skip
-        q = query(
-            task.model, held.pairs, dpo_objective, index.spec,
-            ref=torch.cat([held.chosen, held.rejected]),
-        )  # fmt: skip
-        return -index.scores(q, "preconditioned", damping="rel:0.1").flatten().cpu()
 
 
 def designs(n: int, seed: int, singles: int, groups: dict[int, int]) -> dict[str, list[list[int]]]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from u2a.benchmark.aligned import alignment, detection, upper_reference
+from u2a.benchmark.aligned import alignment, detection
 from u2a.benchmark.predicted import predicted_against_realised
+from u2a.benchmark.references import REFERENCES, reference
 from u2a.benchmark.selectors import SELECTORS
 from u2a.benchmark.tables import report
 from u2a.benchmark.task import LOSSES, PRESETS, SCALE, Task
@@ -29,7 +30,7 @@ class Scope:
     weights: tuple[float, ...] = (0.002, 0.0075)
     singles: int = 24
     groups: tuple[tuple[int, int], ...] = ((8, 12), (32, 12))
-    totals: tuple[float, ...] = (0.72, 2.88)
+    totals: tuple[float, ...] = (0.72, 1.44, 2.88)
     budget: int = 96
     noise: tuple[float, ...] = (0.0, 0.1, 0.2)
     noise_of_demo: float = 0.2
@@ -111,7 +112,10 @@ def _alignments(store: _Store, scope: Scope, size: str, seed: int) -> None:
             )  # fmt: skip
         key = (size, seed, loss, noise)
         store.measure("detection", key, lambda t=task: detection(t.get()))  # type: ignore[misc]
-        store.measure("upper", key, lambda t=task: [upper_reference(t.get())])  # type: ignore[misc]
+        for name in REFERENCES:
+            store.measure(
+                "upper", (*key, name), lambda t=task, n=name: [reference(t.get(), n)]  # type: ignore[misc]
+            )  # fmt: skip
 
 
 class _Lazy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,26 @@ from u2a.adapter import adapter_disabled
 from u2a.benchmark.predicted import SOLVERS
 from u2a.benchmark.task import UTILITY, Task
 from u2a.bilevel import Plan, bilevel
+from u2a.demo.corpus import TOPICS
 from u2a.evaluate import mean_nll
-from u2a.interactions import pool_gradients
-from u2a.select import equal_weights, low_likelihood_k, random_k, threshold, topk, uniform
+from u2a.rewards import rewards
+from u2a.select import (
+    cosine_gain,
+    equal_weights,
+    g_effect,
+    gradient_norms,
+    low_likelihood_k,
+    low_reward_k,
+    prompt_states,
+    random_k,
+    sketch_gain,
+    threshold,
+    topk,
+    uniform,
+    unlearner,
+    upcore,
+    worst_case,
+)
 
 Selector = Callable[[Task, float, int], Tensor]
 
@@ -47,18 +64,42 @@ def _trace(task: Task, total: float, budget: int) -> Tensor:
     return threshold(outer.gains(torch.zeros(task.n))[0].gain, total).float()
 
 
-def _cosine(task: Task, total: float, budget: int) -> Tensor:
-    """The top by the angle between grad J and the candidate's gradient alone."""
-    outer = dataclasses.replace(task.outer, settings=SOLVERS["identity"])
-    gain = outer.gains(torch.zeros(task.n))[0].gain
-    return equal_weights(
-        task.n, topk(gain / pool_gradients(outer).norm(dim=1).cpu(), budget), total
-    )
+def _ranked(score: Callable[[Task], Tensor]) -> Selector:
+    """Equal weights on the `budget` candidates of largest score."""
+
+    def choose(task: Task, total: float, budget: int) -> Tensor:
+        return equal_weights(task.n, topk(score(task), budget, float("-inf")), total)
+
+    return choose
 
 
-def _grad_norm(task: Task, total: float, budget: int) -> Tensor:
-    norm = pool_gradients(task.outer).norm(dim=1).cpu()
-    return equal_weights(task.n, topk(norm, budget, float("-inf")), total)
+def _upcore(task: Task, total: float, budget: int) -> Tensor:
+    """All of the core set, as its authors have it: it removes outliers and knows no budget."""
+    states = prompt_states(task.model, task.work.data.forget, task.tokens)
+    return equal_weights(task.n, upcore(states), total)
+
+
+def _worst(hardest: bool) -> Selector:
+    def choose(task: Task, total: float, budget: int) -> Tensor:
+        found = worst_case(unlearner(task.outer, total), task.n, budget, hardest=hardest)
+        return equal_weights(task.n, found.order, total)
+
+    return choose
+
+
+def _low_reward(task: Task, total: float, budget: int) -> Tensor:
+    """By a reward that knows this task's rude words: what a reward model would have to learn."""
+    reward = rewards(task.work.data.forget, task.work.tokenizer, politeness)
+    return equal_weights(task.n, low_reward_k(reward, budget), total)
+
+
+def politeness(completions: Sequence[str], **columns: object) -> list[float]:
+    """1 for an answer with a polite opening of the corpus, -1 for a rude one, 0 for neither."""
+    kinds = [(t.polite, 1.0) for t in TOPICS.values()] + [(t.rude, -1.0) for t in TOPICS.values()]
+    return [
+        next((v for words, v in kinds if any(w in text for w in words)), 0.0)
+        for text in completions
+    ]
 
 
 def _low_likelihood(task: Task, total: float, budget: int) -> Tensor:
@@ -88,14 +129,21 @@ SELECTORS: dict[str, Selector] = {
     "top-k EK-FAC": _one_shot("ekfac"),
     "top-k H = I": _one_shot("identity"),
     "official code": _loop("official", rounds=3, eta=0.01),
-    "cosine": _cosine,
+    "top-k DataInf": _one_shot("datainf"),
+    "top-k TRAK": _ranked(lambda task: sketch_gain(task.outer, task.work.data.pa)),
+    "cosine": _ranked(lambda task: cosine_gain(task.outer)),
     "TRACE weights": _trace,
     "uniform": lambda task, total, budget: uniform(task.n, total),
     "random": lambda task, total, budget: equal_weights(
         task.n, random_k(task.n, budget, task.seed), total
     ),
     "low likelihood": _low_likelihood,
-    "gradient norm": _grad_norm,
+    "low reward": _low_reward,
+    "gradient norm": _ranked(lambda task: gradient_norms(task.outer)),
+    "G-effect": _ranked(lambda task: g_effect(task.outer).score()),
+    "UPCORE": _upcore,
+    "worst case": _worst(True),
+    "easiest": _worst(False),
     "oracle class": _oracle,
 }
 

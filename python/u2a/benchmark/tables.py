@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from u2a.benchmark.task import SCALE
+from u2a.benchmark.task import SCALE, UTILITY
 from u2a.plots import STYLE, _png, plt
 
 Rows = Sequence[Mapping[str, Any]]
@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 def report(out: Path, rows: Mapping[str, Rows]) -> None:
     """validation.md, predicted.png and alignment.png under `out`."""
     parts = ["# Validation\n", predicted_table(rows["predicted"]), alignment_table(rows)]
-    parts += [noise_table(rows["alignment"]), class_table(rows["alignment"])]
+    parts += [tuned_table(rows), noise_table(rows["alignment"]), class_table(rows["alignment"])]
     parts.append(detection_table(rows["detection"]))
     (out / "validation.md").write_text("\n".join(p for p in parts if p), encoding="utf-8")
     (out / "predicted.png").write_bytes(predicted_picture(rows["predicted"]))
@@ -66,22 +66,74 @@ def alignment_table(rows: Mapping[str, Rows]) -> str:
     epochs = mean(shown, ("selector",), "epochs")
     losses = list(dict.fromkeys(r["loss"] for r in shown))
     totals = sorted({r["total"] / SCALE[r["loss"]] for r in shown})
-    upper = mean([r for r in rows["upper"] if r["noise"] == noise], ("loss",), "gain")
     body = []
     for name in dict.fromkeys(r["selector"] for r in shown):
         cells = []
         for loss in losses:
             over = [fmean(gains[loss, name, s * SCALE[loss]]) for s in totals]
-            cells.append(f"**{fmean(over):+.3f}** ({' '.join(f'{x:+.2f}' for x in over)})")
+            cells.append(f"**{fmean(over):+.3f}** ({_each(over)})")
         body.append((name, *cells, f"{fmean(epochs[name,]):.0f}"))
-    if upper:
-        body.append(("DPO on the pairs", *(f"{fmean(upper[loss,]):+.3f}" for loss in losses), ""))
+    body += reference_lines([r for r in rows["upper"] if r["noise"] == noise], losses)
     title = (
         f"## Test J gained at equal utility ({noise:.0%} mislabelled)\n\nBold: mean over total "
         f"weights of {', '.join(map(str, totals))} in NPO's unit; in brackets each; last "
-        "column: cost of selecting, in epochs over the candidates.\n\n"
+        "column: cost of selecting, in epochs over the candidates. Last lines: what needs no "
+        "candidates, with its retain perplexity where that is above the bound.\n\n"
     )
     return title + table(["selector", *losses, "epochs"], body)
+
+
+def tuned(rows: Rows) -> dict[tuple[str, str], list[float]]:
+    """{(loss, selector): test gain of every seed at the total weight of best validation gain}."""
+    best: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in rows:
+        key = row["loss"], row["selector"], row["seed"]
+        if key not in best or row["validation"] > best[key]["validation"]:
+            best[key] = row
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for (loss, name, _), row in best.items():
+        found[loss, name].append(row["gain"])
+    return dict(found)
+
+
+def tuned_table(rows: Mapping[str, Rows]) -> str:
+    """Test J gained where every selector's total weight is chosen on the validation pairs."""
+    if not rows["alignment"]:
+        return ""
+    noise = max(r["noise"] for r in rows["alignment"])
+    found = tuned([r for r in rows["alignment"] if r["noise"] == noise])
+    losses = list(dict.fromkeys(loss for loss, _ in found))
+    body = [
+        (name, *(f"{fmean(found[lo, name]):+.3f} ({_each(found[lo, name])})" for lo in losses))
+        for name in dict.fromkeys(name for _, name in found)
+    ]
+    title = (
+        f"## The same at the total weight that the validation pairs choose ({noise:.0%} "
+        "mislabelled)\n\nMean over seeds; in brackets each.\n\n"
+    )
+    return title + table(["selector", *losses], body)
+
+
+def _each(values: Sequence[float]) -> str:
+    return " ".join(f"{x:+.2f}" for x in values)
+
+
+def reference_lines(rows: Rows, losses: Sequence[str]) -> list[tuple[str, ...]]:
+    """A line per reference: mean gain over seeds under each loss."""
+    gains, ratios = (mean(rows, ("loss", "selector"), of) for of in ("gain", "ratio"))
+
+    def cell(loss: str, name: str) -> str:
+        at = (loss, name)
+        if at not in gains:
+            return ""
+        ratio = fmean(ratios[at])
+        return f"{fmean(gains[at]):+.3f}" + (f" (x {ratio:.2f})" if ratio > UTILITY else "")
+
+    words = {"DPO": "DPO on the pairs", "SFT": "SFT on the chosen answers"}
+    return [
+        (words.get(name, name), *(cell(loss, name) for loss in losses), "")
+        for name in dict.fromkeys(r["selector"] for r in rows)
+    ]
 
 
 def noise_table(rows: Rows) -> str:

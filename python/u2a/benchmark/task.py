@@ -73,8 +73,8 @@ class Task:
         self, folder: Path, *, loss: str, seed: int, noise: float, size: str = "small"
     ) -> None:
         quiet()
-        self.folder, self.loss, self.seed, self.noise = folder, loss, seed, noise
-        inputs = folder / f"{size}-seed{seed}-noise{round(100 * noise)}"
+        self.loss, self.seed, self.noise, self.size = loss, seed, noise, size
+        self.inputs = inputs = folder / f"{size}-seed{seed}-noise{round(100 * noise)}"
         self._prepare(inputs, PRESETS[size])
         self.work = Workspace(_config(inputs, loss, seed), inputs / "run")
         self.outer: Outer = self.work.outer

@@ -6,7 +6,7 @@ Saved in Hugging Face format, so the rest of the program loads it like any user'
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,16 +99,19 @@ def train_base(
     lr: float = 4e-3,
     shape: Shape | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    leave_out: Collection[tuple[str, str]] = (),
 ) -> Path:
     """Trains on `corpus["base"]` and saves model and tokenizer under `out`, which it returns.
 
     The loss is the mean negative log-probability of answer tokens; AdamW, one-cycle rate with peak
-    `lr`. `progress(step, steps, loss)` is called after every step.
+    `lr`. `progress(step, steps, loss)` is called after every step. Rows whose (prompt, completion)
+    is in `leave_out` count for the vocabulary and are not learnt.
     """
     lines = corpus["base"].read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     tokenizer = make_tokenizer([row["prompt"] + row["completion"] for row in rows])
     model = make_model(tokenizer, seed, shape)
+    rows = [row for row in rows if (row["prompt"], row["completion"]) not in leave_out]
     ids, labels = _encode(tokenizer, rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)

@@ -159,7 +159,7 @@ class FDPG:
 
         The baseline is that of earlier calls, so it does not bias this one.
         """
-        log_t, ratio = self._ratios(lp, target, proposal, context, log_z)
+        log_t, ratio = self.ratios(lp, target, proposal, context, log_z)
         reward = -DIVERGENCES[self.divergence].slope(log_t)
         scaled = ratio * (self.baseline.mean - reward) * lp
         self.baseline.values.extend(reward.double().tolist())
@@ -176,17 +176,18 @@ class FDPG:
     ) -> Tensor:
         """D_f(pi || p) estimated on the samples, a scalar; replaces the frozen proposal of offline
         sampling when lower for the policy than for the proposal. Learns Z, not the baseline."""
-        log_t, ratio = self._ratios(lp, target, proposal, context, log_z)
+        log_t, ratio = self.ratios(lp, target, proposal, context, log_z)
         return (ratio * DIVERGENCES[self.divergence].ratio(log_t)).mean()
 
-    def _ratios(
+    def ratios(
         self,
         lp: Tensor,
         target: Tensor,
-        proposal: Tensor | None,
-        context: Sequence[Hashable] | None,
-        log_z: Tensor | None,
+        proposal: Tensor | None = None,
+        context: Sequence[Hashable] | None = None,
+        log_z: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """(log pi/p within the clip, pi/q), `[S]` without graph; learns Z."""
         policy = lp.detach()
         if lp.ndim != 1 or target.shape != lp.shape:
             got = f"{list(lp.shape)}, {list(target.shape)}"

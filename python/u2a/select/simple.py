@@ -28,6 +28,11 @@ def low_likelihood_k(nll: Tensor, budget: int) -> list[int]:
     return topk(nll, budget, float("-inf"))
 
 
+def low_reward_k(reward: Tensor, budget: int) -> list[int]:
+    """The `budget` rows of smallest reward, the smallest first; ties by row number."""
+    return topk(-reward, budget, float("-inf"))
+
+
 def equal_weights(n: int, index: Sequence[int], total: float) -> Tensor:
     """`[n]` float32: total / len(index) on `index`, 0 elsewhere."""
     weights = torch.zeros(n)
