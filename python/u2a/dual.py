@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
@@ -50,22 +49,7 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-def _mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> None:
-    """Right-padded causal rows need no mask; any other wish is refused."""
-    if attention_mask is not None or not allow_is_causal_skip:
-        raise ValueError(
-            "u2a.dual: pass right-padded input_ids only; attention_mask and packed position_ids "
-            "are not supported (real tokens never see the padding to their right)"
-        )
-
-
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 def _base(model: nn.Module) -> Any:
@@ -177,9 +161,11 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
         ValueError: unknown or misshapen tangents, unknown mode.
         RuntimeError: the model is already inside `u2a.dual`.
 
-    A backward with activation checkpointing must run while the context is open. Everything is put
-    back on exit, also after an exception. Source: Pearlmutter (Neural Computation 6, 1994), reverse
-    over forward on a stacked batch.
+    `model.base_model.compile()` (of a PeftModel: `model.get_base_model().base_model`) compiles the
+    dual forward of all products, one graph per mode and shape that later contexts use again; or
+    compile the object yielded. A backward with activation checkpointing must run while the context
+    is open. Everything is put back on exit, also after an exception.
+    Source: Pearlmutter (Neural Computation 6, 1994), reverse over forward on a stacked batch.
     """
     if mode not in ("hvp", "ggn", "jvp"):
         raise ValueError(f"u2a.dual: mode must be 'hvp', 'ggn' or 'jvp', got {mode!r}")

@@ -195,6 +195,21 @@ def opt_decoder(module: Any, site: Site) -> dict[str, Any]:
     return {}
 
 
+def backbone(module: Any, site: Site) -> dict[str, Any]:
+    """Right-padded ids alone: transformers makes no mask for an attention it does not know."""
+
+    def forward(input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        for name in ("attention_mask", "position_ids", "inputs_embeds", "past_key_values"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"u2a.dual: pass right-padded input_ids only, got {name}; masks and packed "
+                    "rows are not supported (real tokens never see the padding to their right)"
+                )
+        return type(module).forward(module, input_ids=input_ids, **kwargs)
+
+    return {"forward": forward}
+
+
 def causal_lm(module: Any, site: Site) -> dict[str, Any]:
     cap = getattr(module.config, "final_logit_softcapping", None)
     if cap is not None:

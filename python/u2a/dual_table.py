@@ -18,6 +18,7 @@ from u2a.dual_modules import (
     Refused,
     Site,
     attention,
+    backbone,
     capped_causal_lm,
     causal_lm,
     conv1d,
@@ -62,7 +63,7 @@ _LLAMA: dict[str, Handler] = {
     "MLP": gated_mlp,
     "Attention": attention,
     "DecoderLayer": layer,
-    "Model": nothing,
+    "Model": backbone,
     "ForCausalLM": causal_lm,
 }
 _GEMMA = {
@@ -85,7 +86,7 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
     ("qwen3", "Qwen3"): _LLAMA,
     ("gemma", "Gemma"): {**_GEMMA, "ForCausalLM": causal_lm},
     ("gemma2", "Gemma2"): _GEMMA,
-    ("gemma3", "Gemma3"): {**_GEMMA, "TextModel": nothing},
+    ("gemma3", "Gemma3"): {**_GEMMA, "TextModel": backbone},
     ("phi3", "Phi3"): {**_LLAMA, "MLP": packed_mlp},
     ("phi", "Phi"): {**_LLAMA, "MLP": nothing},
     ("mixtral", "Mixtral"): _MOE,
@@ -97,7 +98,7 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
         "MLP": nothing,
         "Attention": attention,
         "Layer": layer,
-        "Model": nothing,
+        "Model": backbone,
         "ForCausalLM": causal_lm,
     },
     ("opt", "OPT"): {
@@ -105,14 +106,14 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
         "Attention": opt_attention,
         "DecoderLayer": opt_layer,
         "Decoder": opt_decoder,
-        "Model": nothing,
+        "Model": backbone,
         "ForCausalLM": causal_lm,
     },
     ("gpt2", "GPT2"): {
         "Attention": gpt2_attention,
         "MLP": nothing,
         "Block": layer,
-        "Model": nothing,
+        "Model": backbone,
         "LMHeadModel": causal_lm,
     },
 }
