@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
 from u2a.dual_table import CAPPED, CAUSAL_LMS, overrides
+from u2a.parallel import is_sharded, plain, reshard, unwrapped
 from u2a_kernels import dual_attention
 
 NAME = "u2a_dual"
@@ -57,13 +58,17 @@ def _base(model: nn.Module) -> Any:
     return wrapped() if wrapped is not None else model
 
 
-def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """Backbone and language-model head of a known causal LM, also inside a PeftModel.
+def parts(model: nn.Module, sharded: bool = False) -> tuple[nn.Module, nn.Linear]:
+    """Backbone and language-model head of a known causal LM, also inside a PeftModel; of a model
+    sharded by FSDP2 only if the caller knows what that means.
 
     Raises:
         UnsupportedModel: another class, or a head that is not a plain nn.Linear; what lies between
             backbone and logits elsewhere (scales, other caps than `final_softcap`) is not known.
     """
+    if unwrapped(model) is not model or (is_sharded(model) and not sharded):
+        kind = "sharded by FSDP2" if unwrapped(model) is model else "in DistributedDataParallel"
+        raise UnsupportedModel(f"{kind}, which this does not support; see u2a.parallel", "model")
     base = _base(model)
     if path(type(base)) not in CAUSAL_LMS:
         raise UnsupportedModel(
@@ -71,7 +76,7 @@ def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
             "model",
         )
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if plain(type(head)) is not nn.Linear:
         raise UnsupportedModel(f"output head {path(type(head))}, wanted torch.nn.Linear", "model")
     return base.base_model, head
 
@@ -84,13 +89,14 @@ def final_softcap(model: nn.Module) -> float | None:
 
 def is_open(model: nn.Module) -> bool:
     """True while `model`'s backbone is inside `u2a.dual`."""
-    return id(parts(model)[0]) in _open
+    return id(parts(model, sharded=True)[0]) in _open
 
 
 @dataclass(frozen=True)
 class Dual:
     """The model while its context is open. Call it with ids `[B, T]` for `[2B, T, d]`."""
 
+    model: nn.Module
     backbone: nn.Module
     head: nn.Linear
     head_tangent: Tensor | None
@@ -149,7 +155,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3 (text), Phi, Phi-3, GPT-NeoX,
             OPT, GPT-2, Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE for causal LM, with or without plain
-            peft LoRA. The experts' choice is held: it is constant almost everywhere.
+            peft LoRA; sharded by FSDP2 as `u2a.parallel` says. The experts' choice is held: it is
+            constant almost everywhere.
         tangents: {parameter name: direction}, shape, dtype and device of the parameter; a missing
             name means zero; the direction of a tied weight applies to all its uses.
         mode: "hvp" (the backward of the tangent output is the Hessian product), "ggn" (backward
@@ -169,7 +176,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
     """
     if mode not in ("hvp", "ggn", "jvp"):
         raise ValueError(f"u2a.dual: mode must be 'hvp', 'ggn' or 'jvp', got {mode!r}")
-    backbone, head = parts(model)
+    reshard(model)
+    backbone, head = parts(model, sharded=True)
     if id(backbone) in _open:
         raise RuntimeError("u2a.dual: this model is already inside u2a.dual; contexts do not nest")
     by_parameter = _by_parameter(model, tangents)
@@ -191,7 +199,7 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
                 module.__dict__[name] = value
         config._attn_implementation = NAME
         weight_t, bias_t = (by_parameter.get(id(p)) for p in (head.weight, head.bias))
-        yield Dual(backbone, head, weight_t, mode, bias_t, final_softcap(model))
+        yield Dual(model, backbone, head, weight_t, mode, bias_t, final_softcap(model))
     finally:
         config._attn_implementation = implementation
         for module, name, before in replaced:
@@ -199,6 +207,7 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
             if before is not None:
                 module.__dict__[name] = before
         _open.discard(id(backbone))
+        reshard(model)
 
 
 __all__ = ["Dual", "Mode", "UnsupportedModel", "dual", "final_softcap", "is_open", "parts"]

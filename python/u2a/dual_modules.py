@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from u2a.errors import ConfigError
+from u2a.parallel import plain
 from u2a_kernels import dual_layer_norm, dual_linear, dual_rms_norm
 
 
@@ -44,6 +45,7 @@ class Site:
 
 
 def path(cls: type) -> str:
+    cls = plain(cls)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

@@ -40,6 +40,7 @@ from u2a.dual_modules import (
     scaled_embedding,
 )
 from u2a.dual_moe import experts, olmoe_attention, router, shared_and_sparse, sparse
+from u2a.parallel import gathering, plain
 
 TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ModuleList": nothing,
@@ -127,7 +128,7 @@ CAUSAL_LMS = CAPPED | {name for name, handler in TABLE.items() if handler is cau
 
 def overrides(module: nn.Module, site: Site, root: bool = False) -> dict[str, Any]:
     """Attributes to set on `module`; Refused when its class, hooks or settings are unknown."""
-    cls = type(module)
+    cls = plain(type(module))
     handler = TABLE.get(path(cls))
     if (
         handler is None
@@ -141,6 +142,6 @@ def overrides(module: nn.Module, site: Site, root: bool = False) -> dict[str, An
         raise Refused("the instance carries a forward of its own (device_map or another patch)")
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         origin = getattr(hook, "__module__", None) or type(hook).__module__
-        if origin.split(".")[0] not in ("transformers", "peft"):
+        if not origin.startswith(("transformers.", "peft.", "torch.distributed.fsdp.")):
             raise Refused(f"it has a forward hook from {origin}")
-    return handler(module, site)
+    return gathering(handler, module, site)
