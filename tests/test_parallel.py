@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import u2a
 from u2a.batch import collate
+from u2a.curvature import EmpiricalFisher
 from u2a.dual import UnsupportedModel
 from u2a.parallel import placed_like, whole
 from u2a.products import quadratic
@@ -89,6 +90,8 @@ def one_case(case, rank):
     assert next(iter(trainable(model).values())).grad is mark
     found = {k: {n: whole(t) for n, t in tree.items()} for k, tree in found.items()}
     found["linearize"] = raised(u2a.linearize, model, batches([rank]), npo)
+    fisher = EmpiricalFisher(model, batches([rank]), npo, ref=REF)
+    found["fisher"] = raised(fisher.matvec, v)
     found["unequal"] = raised(
         u2a.jvp_scores, model, batches([rank])[rank:], lambda lp: lp.mean(), v
     )
@@ -108,7 +111,7 @@ def trained(model, rank):
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", f"file://{folder}/store", datetime.timedelta(seconds=60), 2, rank
+        "gloo", f"file://{folder}/store", datetime.timedelta(seconds=120), 2, rank
     )
     torch.save({case: one_case(case, rank) for case in CASES}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -147,7 +150,8 @@ def test_what_is_refused(case, results):
     for rank in range(2):
         got = results[rank][case]
         kind = "DistributedDataParallel" if case.startswith("ddp") else "sharded by FSDP2"
-        assert f"{kind}, which this does not support; see u2a.parallel" in got["linearize"]
+        for name in ("linearize", "fisher"):
+            assert f"{kind}, which this does not support; see u2a.parallel" in got[name]
         if case.startswith("ddp"):
             assert got["unequal"] == ""
         else:

@@ -9,8 +9,9 @@ calls, under FSDP2 with the same number of batches. Without a wrapper nothing is
 Trees of a model in DDP have the names of the model inside. Those of an FSDP2 model hold DTensors
 placed as the parameters are; `solve` works on whole vectors on every rank. A layer's directions are
 gathered in its forward and stay for its backward (under activation checkpointing, not in between).
-Everything else in u2a refuses such a model: `linearize`, an index, K-FAC, losses with a head of
-their own.
+Everything else in u2a refuses such a model: `linearize`, an index, K-FAC, `EmpiricalFisher`, losses
+with a head of their own. Of an FSDP2 model the object that `u2a.dual` yields is not to be called:
+`dual_answer_logps` and the products run it where parameters are whole.
 """
 
 from __future__ import annotations
