@@ -97,6 +97,12 @@ def test_each_failure_has_its_exit_code(monkeypatch, tmp_path, error, code):
     assert (str(error) or "interrupted") in result.stderr and result.stdout == ""
 
 
+def test_several_processes_are_refused(tmp_path):
+    args, launched = ["scan", str(tmp_path / "run.yaml")], {"WORLD_SIZE": "2", "RANK": "1"}
+    found = CliRunner().invoke(app, args, env=launched)
+    assert found.exit_code == 2 and "take one process, got several (torchrun" in found.stderr
+
+
 def test_env_is_json_and_survives_a_closed_pipe():
     found = json.loads(u2a("env", "--json").stdout)
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -44,8 +44,8 @@ def ours(p, v, cap, mode):
     head.load_state_dict({n: t for n, t in p.items() if n != "h"})
     h = torch.cat([p["h"], v["h"]]).detach().requires_grad_()
     directions = [v.get(n) if trainable else None for n in ("weight", "bias")]
-    run = Dual(lambda **_: SimpleNamespace(last_hidden_state=h), head, directions[0], mode)
-    run = Dual(run.backbone, head, directions[0], mode, directions[1], cap)
+    backbone = lambda **_: SimpleNamespace(last_hidden_state=h)  # noqa: E731
+    run = Dual(head, backbone, head, directions[0], mode, directions[1], cap)
     lp, logp_t, curvature = dual_logps(run, BATCH)
     return {"h": h, **dict(head.named_parameters())}, (lp.logp, logp_t, curvature)
 

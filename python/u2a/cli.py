@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ def _load(config: Path, sets: list[str]) -> Config:
     bad = [f"--set {key}: wanted A.B=C, as in unlearn.lr=1e-5" for key, eq, _ in pairs if not eq]
     if bad:
         raise ConfigError(bad, "command line")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ConfigError(
+            "the stages of a run take one process, got several (torchrun, accelerate launch); in "
+            "Python the products, scan and solve take DDP and FSDP2 models, see u2a.parallel",
+            "WORLD_SIZE",
+        )
     from u2a.config import load_config
 
     return load_config(config, {key: value for key, _, value in pairs})

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
 from u2a.dual_table import CAPPED, CAUSAL_LMS, overrides
+from u2a.parallel import is_sharded, plain, reshard, unwrapped
 from u2a_kernels import dual_attention
 
 NAME = "u2a_dual"
@@ -50,22 +50,7 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-def _mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> None:
-    """Right-padded causal rows need no mask; any other wish is refused."""
-    if attention_mask is not None or not allow_is_causal_skip:
-        raise ValueError(
-            "u2a.dual: pass right-padded input_ids only; attention_mask and packed position_ids "
-            "are not supported (real tokens never see the padding to their right)"
-        )
-
-
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 def _base(model: nn.Module) -> Any:
@@ -73,13 +58,17 @@ def _base(model: nn.Module) -> Any:
     return wrapped() if wrapped is not None else model
 
 
-def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-    """Backbone and language-model head of a known causal LM, also inside a PeftModel.
+def parts(model: nn.Module, sharded: bool = False) -> tuple[nn.Module, nn.Linear]:
+    """Backbone and language-model head of a known causal LM, also inside a PeftModel; of a model
+    sharded by FSDP2 only if the caller knows what that means.
 
     Raises:
         UnsupportedModel: another class, or a head that is not a plain nn.Linear; what lies between
             backbone and logits elsewhere (scales, other caps than `final_softcap`) is not known.
     """
+    if unwrapped(model) is not model or (is_sharded(model) and not sharded):
+        kind = "sharded by FSDP2" if unwrapped(model) is model else "in DistributedDataParallel"
+        raise UnsupportedModel(f"{kind}, which this does not support; see u2a.parallel", "model")
     base = _base(model)
     if path(type(base)) not in CAUSAL_LMS:
         raise UnsupportedModel(
@@ -87,7 +76,7 @@ def parts(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
             "model",
         )
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if plain(type(head)) is not nn.Linear:
         raise UnsupportedModel(f"output head {path(type(head))}, wanted torch.nn.Linear", "model")
     return base.base_model, head
 
@@ -100,13 +89,14 @@ def final_softcap(model: nn.Module) -> float | None:
 
 def is_open(model: nn.Module) -> bool:
     """True while `model`'s backbone is inside `u2a.dual`."""
-    return id(parts(model)[0]) in _open
+    return id(parts(model, sharded=True)[0]) in _open
 
 
 @dataclass(frozen=True)
 class Dual:
     """The model while its context is open. Call it with ids `[B, T]` for `[2B, T, d]`."""
 
+    model: nn.Module
     backbone: nn.Module
     head: nn.Linear
     head_tangent: Tensor | None
@@ -165,7 +155,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3 (text), Phi, Phi-3, GPT-NeoX,
             OPT, GPT-2, Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE for causal LM, with or without plain
-            peft LoRA. The experts' choice is held: it is constant almost everywhere.
+            peft LoRA; sharded by FSDP2 as `u2a.parallel` says. The experts' choice is held: it is
+            constant almost everywhere.
         tangents: {parameter name: direction}, shape, dtype and device of the parameter; a missing
             name means zero; the direction of a tied weight applies to all its uses.
         mode: "hvp" (the backward of the tangent output is the Hessian product), "ggn" (backward
@@ -177,13 +168,16 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
         ValueError: unknown or misshapen tangents, unknown mode.
         RuntimeError: the model is already inside `u2a.dual`.
 
-    A backward with activation checkpointing must run while the context is open. Everything is put
-    back on exit, also after an exception. Source: Pearlmutter (Neural Computation 6, 1994), reverse
-    over forward on a stacked batch.
+    `model.base_model.compile()` (of a PeftModel: `model.get_base_model().base_model`) compiles the
+    dual forward of all products, one graph per mode and shape that later contexts use again; or
+    compile the object yielded. A backward with activation checkpointing must run while the context
+    is open. Everything is put back on exit, also after an exception.
+    Source: Pearlmutter (Neural Computation 6, 1994), reverse over forward on a stacked batch.
     """
     if mode not in ("hvp", "ggn", "jvp"):
         raise ValueError(f"u2a.dual: mode must be 'hvp', 'ggn' or 'jvp', got {mode!r}")
-    backbone, head = parts(model)
+    reshard(model)
+    backbone, head = parts(model, sharded=True)
     if id(backbone) in _open:
         raise RuntimeError("u2a.dual: this model is already inside u2a.dual; contexts do not nest")
     by_parameter = _by_parameter(model, tangents)
@@ -205,7 +199,7 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
                 module.__dict__[name] = value
         config._attn_implementation = NAME
         weight_t, bias_t = (by_parameter.get(id(p)) for p in (head.weight, head.bias))
-        yield Dual(backbone, head, weight_t, mode, bias_t, final_softcap(model))
+        yield Dual(model, backbone, head, weight_t, mode, bias_t, final_softcap(model))
     finally:
         config._attn_implementation = implementation
         for module, name, before in replaced:
@@ -213,6 +207,7 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
             if before is not None:
                 module.__dict__[name] = before
         _open.discard(id(backbone))
+        reshard(model)
 
 
 __all__ = ["Dual", "Mode", "UnsupportedModel", "dual", "final_softcap", "is_open", "parts"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +33,12 @@ def named(act: nn.Module) -> str:
 
 
 def activation(module: nn.Module, site: Site) -> dict[str, Any]:
-    return {"forward": partial(dual_act, activation=named(module))}
+    name = named(module)
+
+    def forward(x: Tensor) -> Tensor:  # no partial: torch.compile would start anew in every context
+        return dual_act(x, name)
+
+    return {"forward": forward}
 
 
 def gated_mlp(module: Any, site: Site) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from u2a.errors import ConfigError
+from u2a.parallel import plain
 from u2a_kernels import dual_layer_norm, dual_linear, dual_rms_norm
 
 
@@ -44,6 +45,7 @@ class Site:
 
 
 def path(cls: type) -> str:
+    cls = plain(cls)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -193,6 +195,21 @@ def opt_decoder(module: Any, site: Site) -> dict[str, Any]:
     if module.training and module.layerdrop > 0:
         raise Refused(f"layerdrop={module.layerdrop} in training mode; model.eval()")
     return {}
+
+
+def backbone(module: Any, site: Site) -> dict[str, Any]:
+    """Right-padded ids alone: transformers makes no mask for an attention it does not know."""
+
+    def forward(input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        for name in ("attention_mask", "position_ids", "inputs_embeds", "past_key_values"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"u2a.dual: pass right-padded input_ids only, got {name}; masks and packed "
+                    "rows are not supported (real tokens never see the padding to their right)"
+                )
+        return type(module).forward(module, input_ids=input_ids, **kwargs)
+
+    return {"forward": forward}
 
 
 def causal_lm(module: Any, site: Site) -> dict[str, Any]:

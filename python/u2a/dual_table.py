@@ -18,6 +18,7 @@ from u2a.dual_modules import (
     Refused,
     Site,
     attention,
+    backbone,
     capped_causal_lm,
     causal_lm,
     conv1d,
@@ -39,6 +40,7 @@ from u2a.dual_modules import (
     scaled_embedding,
 )
 from u2a.dual_moe import experts, olmoe_attention, router, shared_and_sparse, sparse
+from u2a.parallel import gathering, plain
 
 TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ModuleList": nothing,
@@ -62,7 +64,7 @@ _LLAMA: dict[str, Handler] = {
     "MLP": gated_mlp,
     "Attention": attention,
     "DecoderLayer": layer,
-    "Model": nothing,
+    "Model": backbone,
     "ForCausalLM": causal_lm,
 }
 _GEMMA = {
@@ -85,7 +87,7 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
     ("qwen3", "Qwen3"): _LLAMA,
     ("gemma", "Gemma"): {**_GEMMA, "ForCausalLM": causal_lm},
     ("gemma2", "Gemma2"): _GEMMA,
-    ("gemma3", "Gemma3"): {**_GEMMA, "TextModel": nothing},
+    ("gemma3", "Gemma3"): {**_GEMMA, "TextModel": backbone},
     ("phi3", "Phi3"): {**_LLAMA, "MLP": packed_mlp},
     ("phi", "Phi"): {**_LLAMA, "MLP": nothing},
     ("mixtral", "Mixtral"): _MOE,
@@ -97,7 +99,7 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
         "MLP": nothing,
         "Attention": attention,
         "Layer": layer,
-        "Model": nothing,
+        "Model": backbone,
         "ForCausalLM": causal_lm,
     },
     ("opt", "OPT"): {
@@ -105,14 +107,14 @@ FAMILIES: dict[tuple[str, str], dict[str, Handler]] = {
         "Attention": opt_attention,
         "DecoderLayer": opt_layer,
         "Decoder": opt_decoder,
-        "Model": nothing,
+        "Model": backbone,
         "ForCausalLM": causal_lm,
     },
     ("gpt2", "GPT2"): {
         "Attention": gpt2_attention,
         "MLP": nothing,
         "Block": layer,
-        "Model": nothing,
+        "Model": backbone,
         "LMHeadModel": causal_lm,
     },
 }
@@ -126,7 +128,7 @@ CAUSAL_LMS = CAPPED | {name for name, handler in TABLE.items() if handler is cau
 
 def overrides(module: nn.Module, site: Site, root: bool = False) -> dict[str, Any]:
     """Attributes to set on `module`; Refused when its class, hooks or settings are unknown."""
-    cls = type(module)
+    cls = plain(type(module))
     handler = TABLE.get(path(cls))
     if (
         handler is None
@@ -140,6 +142,6 @@ def overrides(module: nn.Module, site: Site, root: bool = False) -> dict[str, An
         raise Refused("the instance carries a forward of its own (device_map or another patch)")
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         origin = getattr(hook, "__module__", None) or type(hook).__module__
-        if origin.split(".")[0] not in ("transformers", "peft"):
+        if not origin.startswith(("transformers.", "peft.", "torch.distributed.fsdp.")):
             raise Refused(f"it has a forward hook from {origin}")
-    return handler(module, site)
+    return gathering(handler, module, site)

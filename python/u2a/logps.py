@@ -6,12 +6,14 @@ Only answer positions meet the vocabulary, and no [B, T, V] tensor is ever held.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps, Batch
 from u2a.dual import Dual, Mode, dual, final_softcap, is_open, parts
+from u2a.parallel import inside, whole_like
 from u2a_kernels import dual_linear_cross_entropy, linear_logp
 
 
@@ -44,14 +46,18 @@ def answer_logps(model: nn.Module, batch: Batch, *, ref: Tensor | None = None) -
     Only answer positions meet the vocabulary, through `u2a_kernels.linear_logp`: no `[B, T, V]`.
     Equivalent: ``log_softmax(model(ids).logits[:, :-1])`` gathered at ``ids[:, 1:]`` where answer.
     """
-    backbone, head = parts(model)
+    backbone, head = parts(model, sharded=True)
     if is_open(model):
         raise RuntimeError("answer_logps: the model is inside u2a.dual; use dual_answer_logps")
     ids, at, target, row, count = _moved(batch, head.weight.device)
-    h = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    at_answers = h.flatten(0, 1).index_select(0, at)
     cap = final_softcap(model)
-    logp = linear_logp(at_answers, head.weight, target, bias=head.bias, softcap=cap)
+
+    def logps(ids: Tensor) -> Tensor:
+        h = backbone(input_ids=ids, use_cache=False).last_hidden_state
+        h = h.flatten(0, 1).index_select(0, at)
+        return linear_logp(h, head.weight, target, bias=head.bias, softcap=cap)
+
+    logp = inside(model, head, logps, ids)
     return AnswerLogps(logp, row, count, ref=_like(ref, logp), index=batch.index)
 
 
@@ -62,20 +68,17 @@ def _like(ref: Tensor | None, logp: Tensor) -> Tensor | None:
 def dual_logps(
     run: Dual, batch: Batch, ref: Tensor | None = None
 ) -> tuple[AnswerLogps, Tensor, Tensor]:
-    weight, bias = run.head.weight, run.head.bias
-    ids, at, target, row, count = _moved(batch, weight.device)
-    h = run(ids)  # [2B, T, d]
-    h = h.unflatten(0, (2, ids.shape[0])).flatten(1, 2).index_select(1, at).flatten(0, 1)
-    loss, loss_t, curvature = dual_linear_cross_entropy(
-        h,
-        weight,
-        target,
-        run.head_tangent,
-        bias=bias,
-        bias_t=run.bias_tangent,
-        softcap=run.softcap,
-        mode=run.mode,
-    )
+    ids, at, target, row, count = _moved(batch, run.head.weight.device)
+
+    def losses(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = run(ids)  # [2B, T, d]
+        h = h.unflatten(0, (2, ids.shape[0])).flatten(1, 2).index_select(1, at).flatten(0, 1)
+        weight, bias = run.head.weight, run.head.bias
+        weight_t, bias_t = whole_like(run.head_tangent, weight), whole_like(run.bias_tangent, bias)
+        options: Any = dict(bias=bias, bias_t=bias_t, softcap=run.softcap, mode=run.mode)
+        return dual_linear_cross_entropy(h, weight, target, weight_t, **options)
+
+    loss, loss_t, curvature = inside(run.model, run.head, losses, ids)
     return AnswerLogps(-loss, row, count, _like(ref, loss), batch.index), -loss_t, curvature
 
 

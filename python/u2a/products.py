@@ -2,7 +2,8 @@
 
 A loss sees token log-probabilities only, so its derivatives are chain rule on `[n]` numbers and one
 dual pass of the model; no per-example gradient, no double backward, no logits.
-Unless said otherwise a per-row loss is averaged over all rows of all batches.
+Unless said otherwise a per-row loss is averaged over all rows of all batches (of all ranks, where
+the model is in DDP or sharded by FSDP2: `u2a.parallel`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from u2a.batch import AnswerLogps, Batch
 from u2a.dual import Dual, dual
 from u2a.logps import answer_logps, dual_answer_logps, dual_logps
+from u2a.parallel import all_rows, gradients, sum_, summed, unwrapped
 from u2a.tree import Tree, add_, trainable, zeros_like
 
 Loss = Callable[[AnswerLogps], Tensor]
@@ -85,8 +87,7 @@ def _adjoint(
 
 def _accumulate(out: Tree, total: Tensor, params: Mapping[str, Tensor]) -> None:
     if total.requires_grad:
-        grads = torch.autograd.grad(total, list(params.values()), allow_unused=True)
-        add_(out, {n: g for n, g in zip(params, grads, strict=True) if g is not None})
+        add_(out, gradients(total, params))
 
 
 def gradient(
@@ -106,12 +107,14 @@ def gradient(
         weights: `[N]` looked up by Batch.index; default 1/N, the mean over all rows.
         ref: reference log-probabilities for the loss, `[N]` by Batch.index or one `[B]` per batch.
     """
-    params, found = trainable(model), _sequence(batches)
-    out, part = zeros_like(params), _weighted(loss, weights, sum(map(len, found)))
+    found = _sequence(batches)
+    part = _weighted(loss, weights, all_rows(model, found))
+    params = trainable(model)
+    out = zeros_like(params)
     for batch, r in with_refs(found, ref):
         with torch.enable_grad():
-            _accumulate(out, part(answer_logps(model, batch, ref=r)), params)
-    return out
+            _accumulate(out, part(answer_logps(unwrapped(model), batch, ref=r)), params)
+    return sum_(model, out)
 
 
 def hvp(
@@ -128,14 +131,16 @@ def hvp(
     Returns {name: tensor} over the trainable parameters. Equivalent:
     ``autograd.grad(dot(autograd.grad(L, params, create_graph=True), v), params)``.
     """
-    params, found = trainable(model), _sequence(batches)
-    out, part = zeros_like(params), _weighted(loss, weights, sum(map(len, found)))
-    with dual(model, v, "hvp") as run, torch.enable_grad():
+    found = _sequence(batches)
+    part = _weighted(loss, weights, all_rows(model, found))
+    params = trainable(model)
+    out = zeros_like(params)
+    with dual(unwrapped(model), v, "hvp") as run, torch.enable_grad():
         for batch, r in with_refs(found, ref):
             lp, logp_t, _ = dual_logps(run, batch, r)
             first, second = _adjoint(part, lp, logp_t)
             _accumulate(out, (first * logp_t).sum() + (second * lp.logp).sum(), params)
-    return out
+    return sum_(model, out)
 
 
 def ggnvp(
@@ -154,14 +159,16 @@ def ggnvp(
     have a negative semidefinite one, useless for a solve; the absolute weights make a positive
     surrogate of it, a deliberate departure from the implicit-function formula.
     """
-    params, found = trainable(model), _sequence(batches)
-    out, part = zeros_like(params), _weighted(loss, weights, sum(map(len, found)))
-    with dual(model, v, "ggn") as run, torch.enable_grad():
+    found = _sequence(batches)
+    part = _weighted(loss, weights, all_rows(model, found))
+    params = trainable(model)
+    out = zeros_like(params)
+    with dual(unwrapped(model), v, "ggn") as run, torch.enable_grad():
         for batch, r in with_refs(found, ref):
             lp, logp_t, _ = dual_logps(run, batch, r)
             first, _ = _adjoint(part, lp)
             _accumulate(out, -(first.abs() * logp_t).sum(), params)
-    return out
+    return sum_(model, out)
 
 
 @torch.no_grad()
@@ -176,14 +183,14 @@ def quadratic(
 ) -> float:
     """v^T G v for the G of `ggnvp`, from dual forwards alone."""
     found = _sequence(batches)
-    part = _weighted(loss, weights, sum(map(len, found)))
+    part = _weighted(loss, weights, all_rows(model, found))
     total = torch.zeros((), dtype=torch.float64)
-    with dual(model, v, "jvp") as run:
+    with dual(unwrapped(model), v, "jvp") as run:
         for batch, r in with_refs(found, ref):
             lp, _, curvature = dual_logps(run, batch, r)
             first, _ = _adjoint(part, lp)
             total = total.to(first.device) + (first.abs() * curvature).double().sum()
-    return total.item()
+    return summed(model, total.item())[0]
 
 
 @torch.no_grad()
@@ -224,7 +231,8 @@ def jvp_scores(
     The loss must be per row: its value for a row may depend on that row's log-probabilities only.
     """
     found = _sequence(batches)
-    with dual(model, v, "jvp") as run:
+    all_rows(model, found)
+    with dual(unwrapped(model), v, "jvp") as run:
         scores = [row_tangents(run, batch, loss, r) for batch, r in with_refs(found, ref)]
     order = score_index(found, scores).argsort(stable=True)
     joined = torch.cat(scores)

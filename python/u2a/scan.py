@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from u2a.batch import Batch, Row, row_batches
 from u2a.dual import dual
+from u2a.parallel import all_rows, unwrapped
 from u2a.products import Loss, Refs, row_tangents, score_index, with_refs
 from u2a.progress import track
 from u2a.tree import norm
@@ -127,7 +128,8 @@ def _exact(
         raise ValueError(f"scan: v must have a finite norm above 0, got {size}")
     unit = {name: t / size for name, t in v.items()}
     found = []
-    with dual(model, unit, "jvp") as run:
+    all_rows(model, batches)
+    with dual(unwrapped(model), unit, "jvp") as run:
         steps: Iterable[tuple[Batch, Tensor | None]] = with_refs(batches, ref)
         if progress:
             total = sum(map(len, batches))

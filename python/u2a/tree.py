@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from u2a.parallel import placed_like, unwrapped, whole
+
 Tree = dict[str, Tensor]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters with requires_grad, by name; a tied parameter appears once."""
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {n: p for n, p in unwrapped(model).named_parameters() if p.requires_grad}
     if not found:
         raise ValueError(f"{type(model).__name__}: no parameter has requires_grad")
     return found
@@ -35,7 +37,7 @@ def add_(tree: Tree, other: Mapping[str, Tensor], factor: float = 1.0) -> Tree:
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Inner product over the names both have, accumulated in float64 (0-dim)."""
-    parts = [torch.sum(t.double() * b[name].double()) for name, t in a.items() if name in b]
+    parts = [whole(torch.sum(t.double() * b[name].double())) for name, t in a.items() if name in b]
     return torch.stack([p.to(parts[0].device) for p in parts]).sum()
 
 
@@ -46,7 +48,7 @@ def norm(tree: Mapping[str, Tensor]) -> Tensor:
 def signs_like(tree: Mapping[str, Tensor], generator: torch.Generator) -> Tree:
     """Rademacher vector drawn on the CPU, hence the same on every device."""
     return {
-        name: (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t)
+        name: placed_like(torch.randint(0, 2, t.shape, generator=generator) * 2 - 1, t)
         for name, t in tree.items()
     }
 
@@ -60,13 +62,13 @@ def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     parts = list(tree.values())
     wide = any(t.dtype == torch.float64 for t in parts)
     dtype = torch.float64 if wide else torch.float32
-    return torch.cat([t.detach().reshape(-1).to(parts[0].device, dtype) for t in parts])
+    return torch.cat([whole(t.detach()).reshape(-1).to(parts[0].device, dtype) for t in parts])
 
 
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tree:
     """Inverse of `flatten`, with the shapes, dtypes and devices of `like`."""
     parts = vector.split([t.numel() for t in like.values()])
     return {
-        name: part.view(t.shape).to(t.device, t.dtype)
+        name: placed_like(part.view(t.shape), t)
         for (name, t), part in zip(like.items(), parts, strict=True)
     }

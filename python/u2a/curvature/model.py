@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from u2a.batch import Batch
 from u2a.curvature.base import Curvature
 from u2a.curvature.features import row_features
+from u2a.dual import parts
 from u2a.linearize import Linearized, Mode, linearize
 from u2a.losses.base import refuse_partner
 from u2a.products import Batches, Loss, Refs, ggnvp, gradient, hvp, jvp_scores, quadratic
@@ -178,6 +179,7 @@ class EmpiricalFisher(ModelCurvature):
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """(row numbers in ascending order, their weights), on the CPU."""
+        parts(self.model)  # refuses several ranks: 1/n here is of this one's rows
         index = torch.cat([b.index for b in self._batches]).cpu().sort().values
         if len(index.unique()) < len(index):
             raise ValueError("EmpiricalFisher: every row needs a Batch.index of its own")

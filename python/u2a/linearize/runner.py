@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from u2a.batch import AnswerLogps, Batch
-from u2a.dual import _mask, _open, _survey, final_softcap, parts
+from u2a.dual import _open, _survey, final_softcap, parts
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
 from u2a.linearize.head import Head
 from u2a.linearize.session import Op, Session
@@ -21,7 +20,6 @@ from u2a.linearize.table import NAME, attend, twin
 from u2a.logps import _like, _moved
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 @dataclass
@@ -112,7 +110,8 @@ class Runner:
                     replaced.append((module, name, there, module.__dict__.get(name)))
                     module.__dict__[name] = value
             config._attn_implementation = NAME
-            yield
+            with torch.compiler.set_stance("force_eager"):  # sessions are Python state
+                yield
         finally:
             config._attn_implementation = implementation
             for module, name, there, before in replaced:

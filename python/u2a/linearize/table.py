@@ -240,6 +240,7 @@ TWINS: dict[Any, Handler | None] = {
     dual_moe.experts: experts,
     dual_moe.shared_and_sparse: shared_and_sparse,
     # Nothing to add: the dual handler's own answer, an error where it sets one.
+    dual_modules.backbone: None,
     dual_modules.capped_causal_lm: None,
     dual_modules.nothing: None,
     dual_modules.dropout: None,

@@ -1,0 +1,67 @@
+"""Products of bfloat16 models against float64 at the same weights: their relative error is at most
+twice that of torch's own bfloat16 double backward; of scores, twice that of its gradients."""
+
+import pytest
+import torch
+from test_products import nll, oracle_ggnvp, oracle_gradient, oracle_hvp
+from tiny_models import FAMILIES, direction, make, rows
+
+from u2a.batch import collate
+from u2a.products import ggnvp, hvp, jvp_scores
+
+ROWS, DRAWS, DIRECTIONS = 5, (1, 2), (1, 2, 3, 4)
+CASES = [(f, False) for f in FAMILIES] + [("llama", True), ("gpt2", True)]
+
+
+def flat(found):
+    parts = found.values() if isinstance(found, dict) else [found]
+    return torch.cat([t.double().reshape(-1) for t in parts])
+
+
+def pair(family, lora):
+    model = make(family, lora).bfloat16()
+    return model, make(family, lora).bfloat16().double()
+
+
+def widened(v):
+    return {n: t.double() for n, t in v.items()}
+
+
+def relative(found):
+    """||got - want|| / ||want|| over all pairs."""
+    got, want = (torch.cat(list(x)) for x in zip(*found, strict=True))
+    return ((got - want).norm() / want.norm()).item()
+
+
+def within(name, ours, torchs):
+    ours, torchs = relative(ours), relative(torchs)
+    assert ours <= 2 * torchs, f"{name}: relative error {ours:.4f}, torch's {torchs:.4f}"
+
+
+@pytest.mark.parametrize("family, lora", CASES)
+@pytest.mark.parametrize("product, oracle", [(hvp, oracle_hvp), (ggnvp, oracle_ggnvp)])
+def test_products_in_bfloat16(product, oracle, family, lora):
+    model, exact = pair(family, lora)
+    each = torch.full((ROWS,), 1 / ROWS, dtype=torch.bfloat16)
+    ours, torchs = [], []
+    for seed in DRAWS:
+        batch, v = collate(rows(seed)), direction(model, seed)
+        want = flat(product(exact, batch, nll, widened(v)))
+        ours.append((flat(product(model, batch, nll, v)), want))
+        torchs.append((flat(oracle(model, [batch], nll, v, each)), want))
+    within(product.__name__, ours, torchs)
+
+
+@pytest.mark.parametrize("family, lora", CASES)
+def test_scores_in_bfloat16(family, lora):
+    model, exact = pair(family, lora)
+    ours, torchs = [], []
+    for seed in DRAWS:
+        batch = collate(rows(seed))
+        for v in (direction(model, seed) for seed in DIRECTIONS):
+            want = jvp_scores(exact, batch, nll, widened(v))
+            ours.append((flat(jvp_scores(model, batch, nll, v)), want))
+        for w in torch.eye(ROWS, dtype=torch.bfloat16):
+            g, want = (flat(oracle_gradient(m, [batch], nll, w)) for m in (model, exact))
+            torchs.append((g, want))
+    within("jvp_scores", ours, torchs)
