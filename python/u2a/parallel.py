@@ -71,6 +71,11 @@ def _groups(model: nn.Module) -> list[Any]:
     return [] if sharded is None else list(sharded.device_mesh.get_all_groups())
 
 
+def is_parallel(model: nn.Module) -> bool:
+    """Whether the products of `model` are sums over ranks."""
+    return bool(_groups(model))
+
+
 def summed(model: nn.Module, *values: float) -> list[float]:
     """`values` summed over the ranks of `model`."""
     groups = _groups(model)

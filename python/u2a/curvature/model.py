@@ -19,6 +19,7 @@ from u2a.curvature.features import row_features
 from u2a.dual import parts
 from u2a.linearize import Linearized, Mode, linearize
 from u2a.losses.base import refuse_partner
+from u2a.parallel import is_parallel
 from u2a.products import Batches, Loss, Refs, ggnvp, gradient, hvp, jvp_scores, quadratic
 from u2a.tree import Tree, signs_like, trainable
 
@@ -112,6 +113,8 @@ class ModelCurvature(Curvature):
         Unbiased. Variance: 2 / (p^2 each) times the sum over the groups of squared off-diagonal
         entries, `each` the vectors per group: that of `probes` vectors where groups are alike.
         """
+        if is_parallel(self.model):  # ranks may have different numbers of batches
+            return super().mean_eigenvalue()
         batches, groups = self._batches, min(self.probes, len(self._batches))
         bounds = [k * len(batches) // groups for k in range(groups + 1)]
         generator = torch.Generator().manual_seed(self.seed)
