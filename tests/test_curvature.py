@@ -217,6 +217,15 @@ def test_sampled_labels_approximate_gauss_newton(small):
     assert same[0] == same[1] != EKFAC.of(op, seed=4).mean_eigenvalue()
 
 
+def test_ekfac_measures_eigenvalues_on_draws_of_their_own(small):
+    """Rotations keep the trace: it tells which labels the second pass has drawn."""
+    op = GaussNewton(small.model, small.batches, nll, weights=WEIGHTS)
+    trace = EKFAC.of(op, seed=3).eigenvalues().sum()
+    first, second = (flatten(fisher_diagonal(op, seed=s)).sum() for s in (3, 4))
+    close(trace, second)
+    assert abs(trace - first) > 1e-3 * first
+
+
 def test_sum_of_sources_adds_up(small):
     a = EmpiricalFisher(small.model, small.batches[:1], nll, weights=WEIGHTS)
     b = EmpiricalFisher(small.model, small.batches[1:], nll, weights=WEIGHTS)

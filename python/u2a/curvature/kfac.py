@@ -129,7 +129,8 @@ class KFAC(Curvature):
             self.blocks[name] = Block(rule.full, bases, values, name in flipped)
         if self.corrected:
             second = Accumulate(lambda n, s, like: Squares(n, s, like, self.blocks[n].bases))
-            _pass(model, data, second, draws, seed, once=True)
+            # Draws of its own: in a basis fitted to the same ones small values come out too small.
+            _pass(model, data, second, draws, seed + len(data), once=True)
             for name, rule in second.rules.items():
                 self.blocks[name].values = rule.squares
 
