@@ -94,6 +94,7 @@ def relinearised(task: Task, total: float) -> dict[str, Prediction]:
         found[f"{name}, re-linearised"] = Prediction(scores.gain)
         if name == "ggn":
             both = interactions(outer, at, solution, inverse="ekfac", second_order=True)
+            assert both.curvature is not None
             slope = scores.gain.double() - both.curvature @ at.double()  # in w, not in w - at
             found["second order, re-linearised"] = Prediction(slope, both.curvature)
     task.back()

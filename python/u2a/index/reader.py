@@ -103,13 +103,14 @@ class Index:
     def precondition(self, q: Tensor, damping: float | str = "rel:0.1") -> Tensor:
         """(F^T F / n + lambda I)^-1 q for q `[dim]` or `[Q, dim]`, in float64.
 
-        `damping`: lambda, or "rel:r" for r times the mean eigenvalue of F^T F / n.
+        `damping`: lambda, or "rel:r" for r times the mean of the min(n, dim) eigenvalues of
+        F^T F / n that n rows can make different from 0.
         """
-        moment = self.second_moment()
+        moment, good = self.second_moment(), int(((self.flag & NOT_FINITE) == 0).sum())
         if isinstance(damping, str):
             if not damping.startswith("rel:"):
                 raise ValueError(f"damping must be a number or 'rel:' and one, got {damping!r}")
-            damping = float(damping[4:]) * float(moment.diagonal().mean())
+            damping = float(damping[4:]) * float(moment.trace()) / min(self.dim, max(1, good))
         if not damping > 0:
             raise ValueError(f"damping must be above 0, got {damping}")
         moment.diagonal().add_(damping)
