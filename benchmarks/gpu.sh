@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in an environment that has a CUDA torch: build, the contract on the
-# device, compute-sanitizer on small shapes, benchmarks. benchmarks/gpu.sh [PYTHON] [STAGE...], from
-# anywhere; stages: build test sanitize bench (all by default). BENCH: which benchmark files, a glob.
+# device, compute-sanitizer on small shapes, benchmarks, products of a model of 1B parameters.
+# benchmarks/gpu.sh [PYTHON] [STAGE...], from anywhere; stages: build test sanitize bench model (all
+# by default). BENCH: which benchmark files, a glob.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
 stages=" ${*:2} "
-[ "$stages" = "  " ] && stages=" build test sanitize bench "
+[ "$stages" = "  " ] && stages=" build test sanitize bench model "
 wanted() { [[ $stages == *" $1 "* ]]; }
 bench=${BENCH:-bench_grad_*.py bench_index.py bench_linear_logp.py bench_dual_*.py bench_scan.py}
 unset TRITON_INTERPRET
@@ -52,4 +53,13 @@ if wanted bench; then
         --benchmark-columns=median,iqr,rounds --benchmark-group-by=func \
         --benchmark-json="results/$machine.json")
     echo "written: $results/$machine.txt and .json"
+fi
+
+if wanted model; then
+    echo "== Llama of 1B parameters, bf16, LoRA: products over one gradient"
+    (cd benchmarks && "$python" bench_second_order.py --model llama --size 1b --t 512 2048 \
+        --vocab 128256 --dtype bfloat16 --no-reference) | tee "$results/$machine-second-order.txt"
+    (cd benchmarks && "$python" bench_second_order.py --model llama --head) |
+        tee -a "$results/$machine-second-order.txt"
+    (cd benchmarks && "$python" bench_outer_step.py) | tee "$results/$machine-outer-step.txt"
 fi
