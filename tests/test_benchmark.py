@@ -176,3 +176,9 @@ def test_the_total_weight_is_chosen_on_validation_pairs_alone():
         {"loss": "npo", "selector": "uniform"} | dict(zip(keys, m, strict=True)) for m in measured
     ]
     assert tuned(rows) == {("npo", "uniform"): [0.05, 0.1]}
+
+
+def test_predictions_are_made_and_realised_in_float64(task):
+    exact = Task(task.inputs.parent, loss="npo", seed=0, noise=0.2, exact=True)
+    assert {p.dtype for p in exact.model.parameters()} == {torch.float64}
+    assert exact.J == pytest.approx(task.J, abs=1e-4)

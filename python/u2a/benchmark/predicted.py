@@ -75,7 +75,7 @@ def realised(
     for chosen in sets:
         w = torch.zeros(task.n)
         w[chosen] = weight
-        task.solve(w, tol=1e-5, max_iter=100)
+        task.solve(w, tol=1e-7, max_iter=200)
         ws.append(w)
         changes.append(task.outer.value() - base)
     task.back()

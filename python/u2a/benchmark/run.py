@@ -89,7 +89,7 @@ class _Store:
 
 def _predictions(store: _Store, scope: Scope, size: str, seed: int) -> None:
     for loss in scope.losses:
-        task = _Lazy(store.out, loss, seed, scope.noise_of_demo, size)
+        task = _Lazy(store.out, loss, seed, scope.noise_of_demo, size, exact=True)
         store.measure(
             "predicted", (size, seed, loss),
             lambda t=task: predicted_against_realised(  # type: ignore[misc]
@@ -121,10 +121,12 @@ def _alignments(store: _Store, scope: Scope, size: str, seed: int) -> None:
 class _Lazy:
     """The task, made when the first missing number asks for it."""
 
-    def __init__(self, out: Path, loss: str, seed: int, noise: float, size: str) -> None:
+    def __init__(
+        self, out: Path, loss: str, seed: int, noise: float, size: str, exact: bool = False
+    ) -> None:
         self.made: Task | None = None
         self.loss = loss
-        self.ask = lambda: Task(out, loss=loss, seed=seed, noise=noise, size=size)
+        self.ask = lambda: Task(out, loss=loss, seed=seed, noise=noise, size=size, exact=exact)
 
     def get(self) -> Task:
         self.made = self.made or self.ask()

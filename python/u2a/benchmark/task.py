@@ -67,16 +67,27 @@ class Outcome:
 
 
 class Task:
-    """Everything at theta*(0): the model is there between the calls."""
+    """Everything at theta*(0): the model is there between the calls.
+
+    `exact`: in float64, with inner solves to the end of its precision; the change of J that one
+    candidate brings is below what float32 leaves of it.
+    """
 
     def __init__(
-        self, folder: Path, *, loss: str, seed: int, noise: float, size: str = "small"
+        self,
+        folder: Path,
+        *,
+        loss: str,
+        seed: int,
+        noise: float,
+        size: str = "small",
+        exact: bool = False,
     ) -> None:
         quiet()
         self.loss, self.seed, self.noise, self.size = loss, seed, noise, size
         self.inputs = inputs = folder / f"{size}-seed{seed}-noise{round(100 * noise)}"
         self._prepare(inputs, PRESETS[size])
-        self.work = Workspace(_config(inputs, loss, seed), inputs / "run")
+        self.work = Workspace(_config(inputs, loss, seed, exact), inputs / "run")
         self.outer: Outer = self.work.outer
         self.model = self.work.model
         self.tokens = self.work.cfg.unlearn.batch_tokens
@@ -139,7 +150,7 @@ class Task:
         }
 
 
-def _config(inputs: Path, loss: str, seed: int) -> Any:
+def _config(inputs: Path, loss: str, seed: int, exact: bool = False) -> Any:
     tree: dict[str, Any] = {
         "schema": 1,
         "model": {"name": str(inputs / "model"), "dtype": "float32"},
@@ -152,6 +163,9 @@ def _config(inputs: Path, loss: str, seed: int) -> Any:
         "run": {"seed": seed, "threads": torch.get_num_threads()},
     }
     tree["unlearn"] |= LOSSES[loss]
+    if exact:
+        tree["model"]["dtype"] = "float64"
+        tree["unlearn"] |= {"tol": 1e-7, "max_iter": 200}
     return make_config(tree, source="validation benchmark")
 
 
