@@ -121,3 +121,12 @@ def test_scan_only_stops_at_the_scores(inputs, tmp_path, capsys):
     out = stages.scan_only(settings(inputs), tmp_path / "x")
     assert not (out / "selection.jsonl").exists()
     assert f"{26 - 4} scores in" in capsys.readouterr().out
+
+
+def test_rows_that_are_not_written_any_more_leave_early(inputs, tmp_path):
+    """A model that has hardly been trained writes no answer of its support."""
+    cfg = settings(inputs, select__early_exit=1.0, select__tolerance=1.0, validate__candidates=0)
+    out = stages.run(cfg, tmp_path / "x", until="select")
+    rounds = json.loads((out / "rounds.json").read_text())
+    assert rounds[1]["left"] == rounds[1]["support"] == 3
+    assert rounds[2]["added"] == 3, "others take their place"

@@ -169,7 +169,8 @@ class SelectConfig(Section):
     once (`u2a.select`). `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`:
     when the retain rows' perplexity has risen to more than this many times the start's. `reward`:
     what `low-reward` ranks by, "module:function" or a column of data.forget (null:
-    objective.reward). `detector`: of `upcore`."""
+    objective.reward). `detector`: of `upcore`. `early_exit`: rows leave the loop once ROUGE-L f1 of
+    what the model writes with their answer is below this (`u2a.metrics.forgotten`)."""
 
     method: Literal[
         "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random",
@@ -189,6 +190,7 @@ class SelectConfig(Section):
     eta: Positive = 1.0
     tolerance: NonNegative = 0.0
     max_retain_ratio: Annotated[float, Field(gt=1)] = 1.05
+    early_exit: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class UnlearnConfig(Section):

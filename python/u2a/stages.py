@@ -11,10 +11,11 @@ from torch import Tensor
 
 from u2a import report
 from u2a.adapter import adapter_disabled
-from u2a.bilevel import Plan, bilevel
+from u2a.bilevel import Finished, Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
 from u2a.metrics import comparison
+from u2a.metrics.forgotten import Forgotten
 from u2a.one_shot import one_shot
 from u2a.rundir import RunDir
 from u2a.validate import identity_gain, validate
@@ -103,6 +104,10 @@ class Run:
         self.dir.write_json("validation.json", found)
         return ["validation.json"]
 
+    def _early_exit(self) -> Finished | None:
+        below = self.cfg.select.early_exit
+        return None if below is None else Forgotten(self.work.tokenizer, below)
+
     def select(self) -> Files:
         self.enter("adapters/start")
         s, n = self.cfg.select, len(self.work.data.forget)
@@ -113,7 +118,7 @@ class Run:
             plan = Plan(
                 budget, s.total_weight, min(s.blocks, budget), s.method, s.inverse, s.min_gain,
                 s.mirror_steps, "mirror", s.eta, tolerance=s.tolerance,
-                max_retain_ratio=s.max_retain_ratio,
+                max_retain_ratio=s.max_retain_ratio, finished=self._early_exit(),
             )  # fmt: skip
             found = bilevel(self.work.outer, plan)
             weights, rounds = found.weights, found.rounds
