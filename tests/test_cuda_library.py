@@ -116,6 +116,8 @@ def test_one_owner_of_the_cuda_key(built, torch_cuda, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     taken = {}
     monkeypatch.setattr(_library, "OWNERS", taken)
+    monkeypatch.setattr(_library, "NAMESPACE", "u2a_owner")  # reports list everything in "u2a"
+    monkeypatch.setattr(_library, "LIBRARY", torch.library.Library("u2a_owner", "FRAGMENT"))
     name = f"owner_test_{built}_{torch_cuda}".replace(".", "_")
     _library.define(
         f"{name}(Tensor x) -> Tensor",
@@ -126,7 +128,7 @@ def test_one_owner_of_the_cuda_key(built, torch_cuda, tmp_path, monkeypatch):
     )
     library_owns = built and torch_cuda is not None
     assert taken == {name: "CUDA" if library_owns else "Triton"}
-    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"u2a::{name}", "CUDA")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"u2a_owner::{name}", "CUDA")
     assert has is not library_owns
 
 
