@@ -1,11 +1,8 @@
 """What is special about gated activations: accuracy everywhere, layouts, kinks, equal bits."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import assert_same_bits, needs_cpp
 
 import u2a_kernels
 from cases.dual_glu import PLAIN
@@ -151,10 +148,6 @@ def test_same_bits_twice_and_with_threads(threads):
 
 
 ISA_PROGRAM = """
-import hashlib, torch, u2a_kernels
-from u2a_kernels.testing import randn
-assert u2a_kernels._C.cpu_capability() == {isa!r}, "not available on this machine"
-parts = []
 for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for name in {names!r}:
         gate, up = (5 * randn(4, 3, 301, seed=s, dtype=t) for s in (1, 2))
@@ -163,23 +156,9 @@ for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         pair, one = u2a_kernels.dual_glu(gate, up, name), u2a_kernels.dual_act(gate, name)
         parts += [pair, one, *torch.autograd.grad(pair, (gate, up), up.detach())]
         parts += torch.autograd.grad(one, gate, up.detach())
-bits = [p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in parts]
-print(hashlib.sha256(b"".join(bits)).hexdigest())
 """
 
 
-@pytest.mark.skipif(u2a_kernels._C is None, reason="built without the C++ library")
+@needs_cpp
 def test_instruction_sets_agree_to_the_bit():
-    order = ["base", "avx2", "avx512"]
-    best = order.index(u2a_kernels._C.cpu_capability())
-    digests = {}
-    for isa in order[: best + 1]:
-        run = subprocess.run(
-            [sys.executable, "-c", ISA_PROGRAM.format(isa=isa, names=list(PLAIN))],
-            env={**os.environ, "U2A_CPU_CAPABILITY": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        digests[isa] = run.stdout
-    assert len(set(digests.values())) == 1, digests
+    assert_same_bits(ISA_PROGRAM.format(names=list(PLAIN)))

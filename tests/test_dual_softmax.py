@@ -2,15 +2,12 @@
 of its CPU kernels on every instruction set."""
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from isa import assert_same_bits, needs_cpp
 from on_cpu import compiled
 
-import u2a_kernels
 from u2a_kernels.ops import dual_softmax as op
 from u2a_kernels.testing import assert_within_budget, randn
 
@@ -75,10 +72,6 @@ def test_kernels_on_the_cpu(on_cpu, name, shape):
 
 
 ISA_PROGRAM = """
-import hashlib, torch, u2a_kernels
-from u2a_kernels.testing import randn
-assert u2a_kernels._C.cpu_capability() == {isa!r}, "not available on this machine"
-parts = []
 for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for v in (1, 37, 2500):
         z, grad = (5 * randn(6, 3, v, seed=s, dtype=t) for s in (1, 2))
@@ -87,23 +80,9 @@ for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for mode in ("hvp", "ggn"):
             out = u2a_kernels.dual_softmax(z, mode=mode)
             parts += [out.detach(), *torch.autograd.grad(out, z, grad)]
-bits = [p.contiguous().view(torch.uint8).numpy().tobytes() for p in parts]
-print(hashlib.sha256(b"".join(bits)).hexdigest())
 """
 
 
-@pytest.mark.skipif(u2a_kernels._C is None, reason="built without the C++ library")
+@needs_cpp
 def test_instruction_sets_agree_to_the_bit():
-    order = ["base", "avx2", "avx512"]
-    best = order.index(u2a_kernels._C.cpu_capability())
-    digests = {}
-    for isa in order[: best + 1]:
-        done = subprocess.run(
-            [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
-            env={**os.environ, "U2A_CPU_CAPABILITY": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        digests[isa] = done.stdout
-    assert len(set(digests.values())) == 1, digests
+    assert_same_bits(ISA_PROGRAM)

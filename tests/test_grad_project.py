@@ -1,12 +1,9 @@
 """Special about grad_project: fixed bits, unbiased projections, one-hot rows, equal results of
 instruction sets and whatever shares the batch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import assert_same_bits, needs_cpp
 
 import u2a_kernels
 from cases.grad_project import arguments, sign_matrix, through
@@ -233,12 +230,8 @@ def test_wrong_ids_do_not_read_elsewhere():
 
 
 ISA_PROGRAM = """
-import hashlib, torch, u2a_kernels
 from u2a_kernels import Rademacher, grad_project
-from u2a_kernels.testing import offsets_of, randn
-assert u2a_kernels._C.cpu_capability() == {isa!r}, "not available on this machine"
 offsets = offsets_of([13, 0, 147])
-parts = []
 for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     x, g = randn(160, 597, seed=1).to(t), randn(160, 61, seed=2).to(t)
     tiny = torch.full_like(x, 1e-6)
@@ -253,22 +246,9 @@ for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         parts.append(grad_project(x * tiny, g, offsets, p_in, p_out))
         if p_out is not None:
             parts.append(grad_project(x, ids, offsets, p_in, p_out))
-print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest())
 """
 
 
-@pytest.mark.skipif(u2a_kernels._C is None, reason="built without the C++ library")
+@needs_cpp
 def test_instruction_sets_agree_to_the_bit():
-    order = ["base", "avx2", "avx512"]
-    best = order.index(u2a_kernels._C.cpu_capability())
-    digests = {}
-    for isa in order[: best + 1]:
-        run = subprocess.run(
-            [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
-            env={**os.environ, "U2A_CPU_CAPABILITY": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        digests[isa] = run.stdout
-    assert len(set(digests.values())) == 1, digests
+    assert_same_bits(ISA_PROGRAM)

@@ -1,11 +1,8 @@
 """Special about grad_sketch: fixed hashes, their variance, `out`, equal instruction sets."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import assert_same_bits, needs_cpp
 
 import u2a_kernels
 from cases.grad_sketch import (
@@ -241,12 +238,8 @@ def test_large_k(k):
 
 
 ISA_PROGRAM = """
-import hashlib, torch, u2a_kernels
-from u2a_kernels.testing import offsets_of, randn
-assert u2a_kernels._C.cpu_capability() == {isa!r}, "not available on this machine"
 x, g, offsets = randn(40, 97, seed=1), randn(40, 61, seed=2), offsets_of([13, 0, 27])
 v = randn(2, 61, 97, seed=3)
-parts = []
 for t in (torch.float32, torch.float64, torch.bfloat16):
     xt, gt = x.to(t), g.to(t)
     parts += [u2a_kernels.grad_sketch(xt, gt, offsets, k, 5) for k in (2, 64, 256, 2048)]
@@ -255,22 +248,9 @@ for t in (torch.float32, torch.float64, torch.bfloat16):
         parts.append(u2a_kernels.grad_sketch(xt, torch.arange(40) % 7, offsets, 256, 5, kind=kind))
         parts.append(u2a_kernels.grad_sketch(xt, gt, offsets, 256, 5, kind=kind))
     parts.append(u2a_kernels.grad_dot(xt, gt, offsets, v.to(t)))
-print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest())
 """
 
 
-@pytest.mark.skipif(u2a_kernels._C is None, reason="built without the C++ library")
+@needs_cpp
 def test_instruction_sets_agree_to_the_bit():
-    order = ["base", "avx2", "avx512"]
-    best = order.index(u2a_kernels._C.cpu_capability())
-    digests = {}
-    for isa in order[: best + 1]:
-        run = subprocess.run(
-            [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
-            env={**os.environ, "U2A_CPU_CAPABILITY": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        digests[isa] = run.stdout
-    assert len(set(digests.values())) == 1, digests
+    assert_same_bits(ISA_PROGRAM)

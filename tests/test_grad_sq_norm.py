@@ -1,11 +1,8 @@
 """Special about grad_sq_norm: both forms agree, on every implementation and any raggedness."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import assert_same_bits, needs_cpp
 
 import u2a_kernels
 from u2a_kernels import _segments
@@ -104,27 +101,12 @@ def test_threads_give_the_same_bits():
 
 # Only what no GEMM computes: examples short enough for own loops. GEMM picks its own instructions.
 ISA_PROGRAM = """
-import hashlib, torch, u2a_kernels
-from u2a_kernels.testing import offsets_of, randn
-assert u2a_kernels._C.cpu_capability() == {isa!r}, "not available on this machine"
 x, g, offsets = randn(80, 97, seed=1), randn(80, 61, seed=2), offsets_of([13, 0, 27, 1, 39])
 parts = [torch.ops.u2a.grad_sq_norm(x.to(t), g.to(t), offsets, 1000)
          for t in (torch.float32, torch.float64, torch.bfloat16)]
-print(hashlib.sha256(b"".join(p.numpy().tobytes() for p in parts)).hexdigest())
 """
 
 
-@pytest.mark.skipif(u2a_kernels._C is None, reason="built without the C++ library")
+@needs_cpp
 def test_instruction_sets_agree_to_the_bit():
-    order = ["base", "avx2", "avx512"]
-    digests = {}
-    for isa in order[: order.index(u2a_kernels._C.cpu_capability()) + 1]:
-        run = subprocess.run(
-            [sys.executable, "-c", ISA_PROGRAM.format(isa=isa)],
-            env={**os.environ, "U2A_CPU_CAPABILITY": isa},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        digests[isa] = run.stdout
-    assert len(set(digests.values())) == 1, digests
+    assert_same_bits(ISA_PROGRAM)

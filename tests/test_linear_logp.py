@@ -1,12 +1,12 @@
 """linear_logp: memory, soft cap before temperature, extreme logits, chunks, instruction sets."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from isa import assert_same_bits, needs_cpp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases.linear_logp import inputs, oracle
@@ -222,30 +222,16 @@ def test_token_weights_pick_a_reduction():
     torch.testing.assert_close(mean, want, rtol=1e-6, atol=0)
 
 
-ISA = """
-import hashlib, torch
-from u2a_kernels import linear_logp
+ISA_PROGRAM = """
 torch.set_num_threads(1)
-torch.manual_seed(0)
 for softcap in (None, 2.0):
     h, w, b = (torch.randn(*s, requires_grad=True) for s in ((37, 16), (1300, 16), (1300,)))
-    out = linear_logp(h, w, torch.arange(37), bias=b, softcap=softcap, temperature=0.7)
+    out = u2a_kernels.linear_logp(h, w, torch.arange(37), bias=b, softcap=softcap, temperature=0.7)
     out.sum().backward()
-    for t in (out, h.grad, w.grad, b.grad):
-        print(hashlib.sha256(t.detach().numpy().tobytes()).hexdigest())
+    parts += [out, h.grad, w.grad, b.grad]
 """
 
 
-def isa_digest(isa):
-    environment = {**os.environ, "U2A_CPU_CAPABILITY": isa}
-    out = subprocess.run(
-        [sys.executable, "-c", ISA], capture_output=True, text=True, env=environment
-    )
-    assert out.returncode == 0, out.stderr
-    return out.stdout
-
-
-def test_instruction_sets_agree_bit_for_bit():
-    base = isa_digest("base")
-    assert base.count("\n") == 8
-    assert isa_digest("avx2") == base and isa_digest("avx512") == base
+@needs_cpp
+def test_instruction_sets_agree_to_the_bit():
+    assert_same_bits(ISA_PROGRAM)
