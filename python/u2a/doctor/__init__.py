@@ -17,7 +17,7 @@ from u2a.errors import ConfigError, DataError, EnvironmentError_, GuardError, U2
 if TYPE_CHECKING:
     from u2a.config import Config
 
-OLDEST = {"torch": "2.9", "transformers": "5.0", "peft": "0.17", "safetensors": "0.4"}
+OLDEST = {"torch": "2.11", "transformers": "5.0", "peft": "0.17", "safetensors": "0.4"}
 CODES = (EnvironmentError_.exit_code, ConfigError.exit_code, DataError.exit_code,
          GuardError.exit_code)  # fmt: skip
 
