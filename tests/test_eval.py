@@ -354,7 +354,7 @@ def test_faults_in_retrained_logs_are_named(folder, tmp_path):
         assert code == 3 and words in said and str(path) in said
 
 
-def test_a_broken_model_exits_6(folder, tmp_path):
+def test_a_broken_model_exits_6(found, folder, tmp_path):
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     for name, t in tensors.items():
         tensors[name] = t.fill_(math.nan) if "lora_B" in name else t
@@ -362,10 +362,10 @@ def test_a_broken_model_exits_6(folder, tmp_path):
         (folder / "adapter" / "adapter_config.json").read_bytes()
     )
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    before = (folder / "run" / "eval" / "results.json").read_bytes()
+    before = (found / "results.json").read_bytes()
     code, said = u2a(folder, "--adapter", tmp_path, "--suite", "forget")
     assert code == 6 and "the unlearned model gives a non-finite log-probability to uid" in said
-    assert (folder / "run" / "eval" / "results.json").read_bytes() == before
+    assert (found / "results.json").read_bytes() == before
 
 
 def test_the_page_of_metrics_is_current():
