@@ -235,16 +235,32 @@ def test_loop_ends_when_J_falls_and_keeps_the_best():
     assert found.stopped == "no positive gain" and not found.weights.any()
 
 
-def test_loop_ends_before_retain_perplexity_is_lost():
+def test_rounds_are_judged_and_kept_mixed_back_to_the_bound_on_retain_perplexity():
     free = bilevel(Toy(seed=3), Plan(6, 0.6, blocks=3, rounds=1))
     ratios = [r["retain_ratio"] for r in free.rounds]
     assert ratios[0] == 1.0 and ratios[1] < ratios[2] < ratios[3]
+    assert all(r["mix"] == 1 and r["J_within"] == r["J_validation"] for r in free.rounds[1:])
     toy = Toy(seed=3)
     bound = (ratios[1] + ratios[2]) / 2
     found = bilevel(toy, Plan(6, 0.6, blocks=3, rounds=1, max_retain_ratio=bound))
-    assert found.stopped == "retain perplexity" and len(found.rounds) == 3
-    assert int((found.weights > 0).sum()) == 2
-    assert toy.retain_perplexity() / 2.0 == pytest.approx(ratios[1])
+    inside, beyond = found.rounds[1:3]
+    assert inside["mix"] == 1 and 0 < beyond["mix"] < 1
+    assert bound * 0.98 < toy.retain_perplexity() / 2.0 <= bound
+    best = max(found.rounds[1:], key=lambda r: r["J_within"])
+    assert found.J_best == best["J_within"] > inside["J_validation"]
+    assert toy.value() == pytest.approx(found.J_best)
+    assert int((found.weights > 0).sum()) == best["support"]
+    # the rounds themselves are those of the loop without a bound, as far as they go
+    assert [r["J"] for r in found.rounds] == [r["J"] for r in free.rounds][: len(found.rounds)]
+
+
+def test_loop_ends_when_a_round_beyond_the_bound_is_no_better():
+    toy = Toy(n=12, p=3, q=40.0, seed=12)
+    plan = Plan(12, 30.0, blocks=6, min_gain=-100, max_retain_ratio=1.0001)
+    found = bilevel(toy, plan)
+    assert found.stopped == "retain perplexity" and found.rounds[-1]["mix"] < 1
+    assert found.rounds[-1]["J_within"] <= found.J_best
+    assert len(found.rounds) < 7
 
 
 def test_plan_refuses():

@@ -158,8 +158,9 @@ class SolveConfig(Section):
 
 class SelectConfig(Section):
     """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others choose
-    once (`u2a.select`). `tolerance`: the loop ends when J has fallen by more; `max_retain_ratio`:
-    when the retain rows' perplexity has risen to more than this many times the start's. `reward`:
+    once (`u2a.select`). `tolerance`: the loop ends when J has fallen by more. `max_retain_ratio`:
+    bound on the retain rows' perplexity, times the start's: rounds of the loop are judged, and all
+    methods' models delivered, mixed back to it (`u2a.mixing`). `reward`:
     what `low-reward` ranks by, "module:function" or a column of data.forget (null:
     objective.reward). `detector`: of `upcore`. `early_exit`: rows leave the loop once ROUGE-L f1 of
     what the model writes with their answer is below this (`u2a.metrics.forgotten`)."""

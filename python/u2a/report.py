@@ -113,6 +113,8 @@ def _rounds(metrics: Mapping[str, Any]) -> str:
         "J",
         "J_validation",
         "retain_ratio",
+        "mix",
+        "J_within",
         "positive",
         "residual",
         "iterations",

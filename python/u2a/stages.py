@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from u2a import report
-from u2a.adapter import adapter_disabled
+from u2a.adapter import adapter_disabled, snapshot
 from u2a.bilevel import Finished, Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
 from u2a.metrics import comparison
 from u2a.metrics.forgotten import Forgotten
+from u2a.mixing import mix_back
 from u2a.one_shot import one_shot
 from u2a.rundir import RunDir
 from u2a.validate import identity_gain, validate
@@ -154,13 +155,18 @@ class Run:
         return {"u2a": weights} | {name: self.one_shot(name, total) for name in names}
 
     def unlearn(self) -> Files:
+        """Every method's weights, each model mixed back to the bound on retain perplexity."""
         facts, saved = {}, []
+        bound, outer = self.cfg.select.max_retain_ratio, self.work.outer
         for name, weights in self.plan().items():
             self.enter("adapters/start")
-            self.at = None
-            facts[name] = self.work.unlearn(self.work.problem.with_weights(weights))
+            self.at, start = None, snapshot(self.work.model)
+            found = self.work.unlearn(self.work.problem.with_weights(weights))
+            mix = mix_back(self.work.model, start, outer.retain_perplexity, bound)
+            facts[name] = found | {"mix": mix}
             saved.append(self.save("adapter" if name == "u2a" else f"adapters/{name}"))
-            print(f"  {name}: {facts[name]['steps']} steps {facts[name]['guard']}", file=sys.stderr)
+            back = f", mixed back to {mix:.3f} of the way" if mix < 1 else ""
+            print(f"  {name}: {found['steps']} steps {found['guard']}{back}", file=sys.stderr)
         self.dir.write_json("unlearn.json", facts)
         return [*saved, "unlearn.json"]
 

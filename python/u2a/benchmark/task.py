@@ -16,7 +16,7 @@ from u2a.demo.base_model import Shape, train_base
 from u2a.demo.corpus import Sizes, write_corpus
 from u2a.evaluate import perplexity
 from u2a.inner import inner_solve
-from u2a.losses.steps import calibrate
+from u2a.mixing import mix_back
 from u2a.objectives import Objective
 from u2a.outer import Outer
 from u2a.workspace import Workspace, quiet
@@ -126,20 +126,15 @@ class Task:
         """Of the model as it is, then back to theta*(0).
 
         Where retain perplexity is above the bound, theta_0 + a (theta - theta_0) with the largest a
-        that is not: `u2a.losses.steps.calibrate`.
+        that is not: `u2a.mixing.mix_back`.
         """
-        end = snapshot(self.model)
         raw, raw_ratio = self.test.value(self.model) - self.J, self._perplexity() / self.ppl
-        mix = calibrate(lambda a: 1 / self._mixed(end, a), 1 - 1 / UTILITY, steps=8)
-        ratio = self._mixed(end, mix)
+        mix = mix_back(self.model, self.start, self._perplexity, UTILITY)
+        ratio = self._perplexity() / self.ppl
         gain = self.test.value(self.model) - self.J
         validation = self.outer.value(self.outer.validation) - self.validation_J
         self.back()
         return Outcome(gain, validation, ratio, mix, raw, raw_ratio)
-
-    def _mixed(self, end: dict[str, Tensor], a: float) -> float:
-        restore(self.model, {n: self.start[n].lerp(t, a) for n, t in end.items()})
-        return self._perplexity() / self.ppl
 
     def shares(self, weights: Tensor) -> dict[str, float]:
         """Share of the weight on every planted class."""

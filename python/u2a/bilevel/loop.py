@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from u2a.adapter import snapshot
+from u2a.adapter import restore, snapshot
 from u2a.bilevel.plan import Plan
+from u2a.mixing import mix_back
 from u2a.outer import Outer
 from u2a.scan import Scores
 from u2a.solve import Solution
 
 
 class Loop:
-    """The weights so far, a record per round, and the best state by J on validation data."""
+    """The weights so far, a record per round, and the best state by J on validation data, each
+    judged within the bound on retain perplexity."""
 
     def __init__(self, outer: Outer, plan: Plan) -> None:
         self.outer, self.plan = outer, plan
@@ -23,7 +25,7 @@ class Loop:
         self.weights = self.best = torch.zeros(n)
         self.first = torch.zeros(0)
         self.gone = torch.zeros(n, dtype=torch.bool)
-        self.state = snapshot(outer.model)
+        self.start = self.state = snapshot(outer.model)
         self.stopped = "budget"
         self.records: list[dict[str, Any]] = []
         self.retained = outer.retain_perplexity()
@@ -49,12 +51,15 @@ class Loop:
         outer, before = self.outer, self.weights
         facts = outer.resolve(outer.problem.with_weights(new))
         values = self._values()
+        mix, J, state = self._within(values)
         row = {
             "round": name,
             "support": int((new > 0).sum()),
             "effective_support": float(new.sum() ** 2 / new.square().sum()),
             "added": int(((new > 0) & ~(before > 0)).sum()),
             **values,
+            "mix": mix,
+            "J_within": J,
             "predicted": float(((new - before) * gain).sum()),
             "realised": values["J"] - self.records[-1]["J"],
             "positive": float((gain > 0).float().mean()),
@@ -67,17 +72,26 @@ class Loop:
         }
         self.records.append(row)
         outer.say("round", **row)
-        if values["retain_ratio"] > self.plan.max_retain_ratio:
+        if J > self.J:
+            self.J, self.best, self.state = J, new.clone(), state
+        elif mix < 1:
             self.stopped = "retain perplexity"
             return False
-        if values["J_validation"] > self.J:
-            self.J, self.best = values["J_validation"], new.clone()
-            self.state = snapshot(outer.model)
         if not row["realised"] >= -self.plan.tolerance:
             self.stopped = "J fell"
             return False
         self.weights = self._leave(new)
         return True
+
+    def _within(self, values: dict[str, float]) -> tuple[float, float, dict[str, Tensor]]:
+        """(a, J on validation data, state) mixed back to the bound; the model stays as it is."""
+        outer, end = self.outer, snapshot(self.outer.model)
+        if values["retain_ratio"] <= self.plan.max_retain_ratio:
+            return 1.0, values["J_validation"], end
+        a = mix_back(outer.model, self.start, outer.retain_perplexity, self.plan.max_retain_ratio)
+        J, state = outer.value(outer.validation), snapshot(outer.model)
+        restore(outer.model, end)
+        return a, J, state
 
     def _leave(self, weights: Tensor) -> Tensor:
         """Without the rows that are finished."""

@@ -38,9 +38,9 @@ class Plan:
         penalty: subtracted from J in the updates.
         tolerance: the loop ends when J has fallen by more than this since the last round; the
             weights of that round are dropped.
-        max_retain_ratio: the loop ends, without the weights of that round, when the perplexity of
-            the retain rows is above this many times what it was at the start. Ascent losses turn
-            from no effect to collapse within one block; this keeps what lies between.
+        max_retain_ratio: bound on the perplexity of the retain rows, times what it was at the
+            start. A round beyond it is judged, and kept, as the model mixed back to it
+            (`u2a.mixing`); the loop ends when such a round is no better than the best before.
         finished: (model, rows) -> bool per row; rows that are unlearnt far enough leave the support
             for good after a round (early exit per example, arXiv 2407.20271).
     """
