@@ -10,6 +10,7 @@ from u2a.config import make_config
 from u2a.demo.base_model import train_base
 from u2a.demo.corpus import Sizes, write_corpus
 from u2a.errors import CorruptError, GuardError, MismatchError
+from u2a.workspace import Workspace
 
 SIZES = Sizes(
     pa=8, validation=6, test=8, harmful=10, mislabelled=4, duplicate=4, duplicated=2, unrelated=4,
@@ -130,3 +131,21 @@ def test_rows_that_are_not_written_any_more_leave_early(inputs, tmp_path):
     rounds = json.loads((out / "rounds.json").read_text())
     assert rounds[1]["left"] == rounds[1]["support"] == 3
     assert rounds[2]["added"] == 3, "others take their place"
+
+
+def test_every_delivered_model_is_mixed_back_to_the_bound_on_retain_perplexity(inputs, tmp_path):
+    bound = 1.0005
+    cfg = settings(
+        inputs, select__method="topk", select__max_retain_ratio=bound, unlearn__lr=0.3,
+        validate__candidates=0, eval__baselines=["uniform"],
+    )  # fmt: skip
+    out = stages.run(cfg, tmp_path / "x", until="unlearn")
+    facts = json.loads((out / "unlearn.json").read_text())
+    work = Workspace(cfg, tmp_path / "w")
+    ratio = {}
+    for name in ("adapters/start", "adapter", "adapters/uniform"):
+        work.load_adapter(out / name)
+        ratio[name] = work.outer.retain_perplexity() / ratio.get("adapters/start", 1.0)
+    for name, at in (("u2a", "adapter"), ("uniform", "adapters/uniform")):
+        assert 0 < facts[name]["mix"] < 1
+        assert 1 + (bound - 1) / 2 < ratio[at] <= bound * (1 + 1e-6)
