@@ -20,7 +20,6 @@ from u2a.metrics.inputs import Inputs, chosen_suites, read_inputs
 from u2a.metrics.suites import membership, preference, retrained, rows, tofu
 from u2a.metrics.suites.muse import muse_suite
 from u2a.metrics.suites.subject import Entries, Findings, Judges, Subject
-from u2a.metrics.tofu import forget_quality
 from u2a.objectives import PairSet
 from u2a.run import content_settings, stamp
 from u2a.rundir import RunDir, file_hash
@@ -33,7 +32,7 @@ Tasks = dict[str, dict[str, Estimate]]
 class Retrained:
     """Numbers of the model trained without the forget set, by the suite that wants them."""
 
-    ratios: Tensor | None = None
+    ratios: dict[str, Tensor] = field(default_factory=dict)
     min_k: dict[str, float] = field(default_factory=dict)
     losses: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -66,7 +65,7 @@ def evaluate(
         found = _adapter(cfg, folder, adapter)
         inputs = read_inputs(work, chosen)
         reference = _retrained(work, inputs, retain_model)
-        absent = inputs.absent(reference.ratios is not None, reference.min_k, reference.losses)
+        absent = inputs.absent(reference.ratios, reference.min_k, reference.losses)
         work.load_adapter(found)
         job = _Job(work, inputs, reference, judges or Judges(), show)
         tasks = dict(job.models())
@@ -78,6 +77,7 @@ def evaluate(
             "retain_model": retain_model,
             "suites": chosen,
             "seed": cfg.run.seed,
+            "functions": job.judges.names(),
             "generate": cfg.eval.generate,
             "max_new_tokens": cfg.eval.max_new_tokens,
         }, absent)  # fmt: skip
@@ -134,6 +134,7 @@ class _Job:
     show: bool
     samples: list[dict[str, Any]] = field(default_factory=list)
     entries: dict[str, Entries] = field(default_factory=dict)
+    answers: preference.Answers | None = None
 
     def models(self) -> Iterator[tuple[str, Tasks]]:
         model, data = self.work.model, self.inputs.data
@@ -154,7 +155,9 @@ class _Job:
         if held is not None:
             found.append(preference.preference_suite(subject, held))
             if subject.cfg.eval.generate:
-                found.append(preference.answer_suite(subject, held.pairs))
+                facts, ours = preference.answer_suite(subject, held.pairs, self.answers)
+                self.answers = ours  # the base model comes first
+                found.append(facts)
         for name, data in (("forget", inputs.data.forget), ("retain", inputs.data.retain_test)):
             if name in suites:
                 found.append(rows.row_suite(subject, name, data))
@@ -170,10 +173,8 @@ class _Job:
             for suite in ("tofu",) if key == "tofu" else ("muse",):
                 if suite in entries:
                     entries[suite] |= attacks
-        if "tofu" in entries and self.retrained.ratios is not None:
-            ours = tofu.truth_ratios(subject, inputs.tofu["forget"])
-            p = forget_quality(ours, self.retrained.ratios)
-            entries["tofu"]["forget_quality"] = tofu.entry(p)
+        if "tofu" in entries:
+            entries["tofu"] |= tofu.qualities(entries["tofu"], self.retrained.ratios)
         self.samples += results.sample_lines(subject.name, found)
         if subject.name == "unlearned":
             self.entries = entries

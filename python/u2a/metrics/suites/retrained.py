@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from u2a.config import Config
 from u2a.errors import DataError
+from u2a.metrics.tofu import log_truth_ratio
 
 
 class Logs:
@@ -34,17 +35,36 @@ class Logs:
             at = at[key]
         return at
 
-    def truth_ratios(self) -> Tensor:
-        """log TR `[R]`."""
-        rows = self._get("forget_truth_ratio", "value_by_index")
-        where = f"{self.path}: forget_truth_ratio.value_by_index"
+    def truth_ratios(self) -> dict[str, Tensor]:
+        """log TR `[R]` by `MEANS`: the geometric one as it stands there, the arithmetic one from
+        the losses of the answers, if they are there too."""
+        found = [row[0] for row in self._rows("forget_truth_ratio", "score")]
+        out = {"": torch.stack(found).clamp_min(1e-300).log()}
+        names = [f"forget_Q_A_{kind}_Prob" for kind in ("PARA", "PERT")]
+        if set(names) <= set(self.found):
+            right, wrong = (self._rows(name, "avg_loss") for name in names)
+            if len(right) != len(wrong):
+                raise DataError(
+                    f"{self.path}: {len(right)} rows {names[0]}, {len(wrong)} {names[1]}"
+                )
+            out["_arithmetic"] = log_truth_ratio(
+                -torch.stack([r[0] for r in right]), [-w for w in wrong], "arithmetic"
+            )
+        return out
+
+    def _rows(self, name: str, key: str) -> list[Tensor]:
+        """The numbers `key` of every row, one or several `[>= 1]`."""
+        rows = self._get(name, "value_by_index")
+        where = f"{self.path}: {name}.value_by_index"
         if not isinstance(rows, dict) or not rows:
             raise DataError(f"{where}: wanted an object of rows")
-        values = [_number(f"{where}.{i}.score", self._get_score(row)) for i, row in rows.items()]
-        return torch.tensor(values, dtype=torch.float64).clamp_min(1e-300).log()
-
-    def _get_score(self, row: Any) -> Any:
-        return row.get("score") if isinstance(row, dict) else None
+        out = []
+        for i, row in rows.items():
+            value = row.get(key) if isinstance(row, dict) else None
+            several = value if isinstance(value, list) and value else [value]
+            numbers = [_number(f"{where}.{i}.{key}", x) for x in several]
+            out.append(torch.tensor(numbers, dtype=torch.float64))
+        return out
 
     def min_k_auc(self) -> float:
         return _number(f"{self.path}: mia_min_k.agg_value", self._get("mia_min_k", "agg_value"))
