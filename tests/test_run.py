@@ -1,5 +1,6 @@
 """A whole run on a tiny model: every stage, continuing, refusing what changed, exit codes."""
 
+import itertools
 import json
 
 import pytest
@@ -10,6 +11,9 @@ from u2a.config import make_config
 from u2a.demo.base_model import train_base
 from u2a.demo.corpus import Sizes, write_corpus
 from u2a.errors import CorruptError, GuardError, MismatchError
+from u2a.inner import sub_optimality
+from u2a.tree import trainable
+from u2a.workspace import Workspace
 
 SIZES = Sizes(
     pa=8, validation=6, test=8, harmful=10, mislabelled=4, duplicate=4, duplicated=2, unrelated=4,
@@ -130,3 +134,38 @@ def test_rows_that_are_not_written_any_more_leave_early(inputs, tmp_path):
     rounds = json.loads((out / "rounds.json").read_text())
     assert rounds[1]["left"] == rounds[1]["support"] == 3
     assert rounds[2]["added"] == 3, "others take their place"
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "trainer"])
+def test_every_round_says_how_far_it_can_be_trusted(inputs, tmp_path, solver):
+    cfg = settings(
+        inputs, unlearn__solver=solver, select__tolerance=9.0, select__max_retain_ratio=9.0,
+        validate__candidates=0,
+    )  # fmt: skip
+    out = stages.run(cfg, tmp_path / "x", until="select")
+    rounds = json.loads((out / "rounds.json").read_text())
+    assert len(rounds) > 2
+    for before, row in itertools.pairwise(rounds):
+        assert row["residual"] >= 0 and row["damping"] > 0 and row["iterations"] >= 0
+        assert row["realised"] == pytest.approx(row["J"] - before["J"])
+        assert 1 < row["effective_support"] <= row["support"] * (1 + 1e-6)
+        if row["round"].startswith("block"):
+            assert row["effective_support"] == pytest.approx(row["support"]), "equal weights"
+        assert 0 < row["positive"] <= 1 and row["predicted"] > 0
+        near = row["inner_gradient"] < 1e-3
+        assert near == (solver == "lbfgs"), "a few steps of training end away from the optimum"
+
+
+def test_sub_optimality_is_the_largest_slope(inputs, tmp_path):
+    work = Workspace(settings(inputs), tmp_path)
+    problem = work.problem.with_weights(torch.full((len(work.data.forget),), 0.01))
+    params = trainable(work.model)
+    terms = [part.value(work.model).double() for part in problem.parts()]
+    slope = torch.autograd.grad(
+        sum(terms) + problem.anchor_value(work.model), list(params.values())
+    )  # fmt: skip
+    want = max(float(g.abs().max()) for g in slope)
+    assert sub_optimality(work.model, problem) == pytest.approx(want, rel=1e-5)
+    assert all(p.grad is None for p in params.values())
+    facts = work.resolve(problem)
+    assert sub_optimality(work.model, problem) == pytest.approx(facts["inner_gradient"], rel=1e-3)
