@@ -46,6 +46,21 @@ def test_slopes_as_checked():
     assert got == pytest.approx(want, abs=1e-6)
 
 
+def test_vector():
+    """log t = 0.5 and -1: f' = log 2 - softplus(-log t) = 0.2190702 and -0.6201145, b = 0.1."""
+    tuner = FDPG("js")
+    tuner.baseline.values.append(0.1)
+    lp = torch.tensor([-1.0, -2.0], dtype=F64, requires_grad=True)
+    target, q = torch.tensor([-1.5, -1.0], dtype=F64), torch.tensor([-1.0, -1.0], dtype=F64)
+    value = tuner.loss(lp, target, q, log_z=torch.zeros(2))
+    slope = [0.1 + 0.2190702, math.exp(-1) * (0.1 - 0.6201145)]
+    assert value.tolist() == pytest.approx([-slope[0], -2 * slope[1]], abs=1e-7)
+    weights = torch.tensor([0.5, 2.0], dtype=F64)
+    (g,) = torch.autograd.grad((weights * value).sum(), lp)
+    assert g.tolist() == pytest.approx([0.5 * slope[0], 2 * slope[1]], abs=1e-7)
+    assert list(tuner.baseline.values)[1:] == pytest.approx([-0.2190702, 0.6201145], abs=1e-7)
+
+
 @pytest.mark.parametrize("kind", F)
 def test_slope_and_ratio_belong_to_f(kind):
     u = torch.tensor([-1.3, -0.2, 0.4, 1.1], dtype=F64)
