@@ -68,6 +68,9 @@ def test_a_run_leaves_what_it_promises(finished, inputs):
     assert len(found["validation"]["points"]) == 4 * len(found["validation"]["weights"])
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "<script" not in page
+    heads = page.partition("Rounds of the outer loop")[2].partition("</thead>")[0]
+    said = ("effective", "predicted", "realised", "gains &gt; 0", "residual", "slope")
+    assert all(f"<th>{word}</th>" in heads for word in said)
     assert (finished / "adapter" / "adapter_model.safetensors").exists()
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["seed"] == 0 and manifest["data"]["forget"]["rows"] == 22
