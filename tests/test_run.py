@@ -10,7 +10,7 @@ from u2a import run as stages
 from u2a.config import make_config
 from u2a.demo.base_model import train_base
 from u2a.demo.corpus import Sizes, write_corpus
-from u2a.errors import CorruptError, GuardError, MismatchError
+from u2a.errors import ConfigError, CorruptError, GuardError, MismatchError
 from u2a.inner import sub_optimality
 from u2a.tree import trainable
 from u2a.workspace import Workspace
@@ -172,3 +172,15 @@ def test_sub_optimality_is_the_largest_slope(inputs, tmp_path):
     assert all(p.grad is None for p in params.values())
     facts = work.resolve(problem)
     assert sub_optimality(work.model, problem) == pytest.approx(facts["inner_gradient"], rel=1e-3)
+
+
+def test_harmonised_unlearning_by_configuration(inputs, tmp_path):
+    ends = []
+    for on in (False, True):
+        work = Workspace(settings(inputs, unlearn__harmonise=on), tmp_path / str(on))
+        weights = torch.full((len(work.data.forget),), 0.05)
+        work.unlearn(work.problem.with_weights(weights))
+        ends.append(torch.cat([p.detach().flatten() for p in trainable(work.model).values()]))
+    assert (ends[0] - ends[1]).norm() > 1e-3 * ends[0].norm() > 0
+    with pytest.raises(ConfigError, match="unlearn.harmonise: .*retain_weight 0"):
+        settings(inputs, unlearn__harmonise=True, unlearn__retain_weight=0.0)

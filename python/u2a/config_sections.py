@@ -192,12 +192,14 @@ class UnlearnConfig(Section):
     `solver`: how the inner problem is solved between rounds, exactly by L-BFGS (small models; `tol`
     on the largest gradient entry, `max_iter`) or by `steps` steps of the trainer. The final
     unlearning is the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
+    `harmonise`: its steps, as in `u2a.trainer.U2AConfig`.
     """
 
     loss: Annotated[str, PlainValidator(loss_name)] = "npo"
     beta: Positive | None = None
     options: dict[str, float] = {}
     retain_weight: NonNegative = 1.0
+    harmonise: bool = False
     anchor: NonNegative = 0.0
     lr: Positive = 1e-5
     steps: Count = 100
@@ -208,6 +210,13 @@ class UnlearnConfig(Section):
     solver: Literal["lbfgs", "trainer"] = "trainer"
     tol: Positive = 1e-5
     max_iter: Count = 100
+
+    @field_validator("harmonise")
+    @classmethod
+    def _retains(cls, value: bool, info: Info) -> bool:
+        if value and not info.data.get("retain_weight"):
+            raise ValueError("false beside unlearn.retain_weight 0")
+        return value
 
 
 class GuardConfig(Section):

@@ -193,6 +193,7 @@ class Workspace:
             per_device_train_batch_size=u.batch_rows,
             retain_batch_size=u.retain_rows,
             batch_tokens=u.batch_tokens,
+            harmonise=u.harmonise,
             optim={"adamw": "adamw_torch", "sgd": "sgd"}[u.optimizer],
             weight_decay=0.0,
             max_grad_norm=0.0,
