@@ -144,9 +144,9 @@ def test_overrides_are_typed_and_checked(write):
     found = faults(lambda: load_config(path, {"unlearn.rl": "1", "select.budget": "many"}))
     assert found == [
         "select.budget: 'many', wanted a valid integer",
-        "unlearn.rl: unknown key, wanted one of loss, beta, options, retain_weight, anchor, lr, "
-        "steps, batch_tokens, batch_rows, retain_rows, optimizer, solver, tol, max_iter, "
-        "nearest 'lr'",
+        "unlearn.rl: unknown key, wanted one of loss, beta, options, retain_weight, harmonise, "
+        "anchor, lr, steps, batch_tokens, batch_rows, retain_rows, optimizer, solver, tol, "
+        "max_iter, nearest 'lr'",
     ]
     assert "is not a section" in faults(lambda: load_config(path, {"unlearn.lr.x": "1"}))[0]
 

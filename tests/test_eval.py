@@ -15,7 +15,8 @@ from tiny_eval import evaluation_folder, lines, u2a
 from u2a.config import load_config
 from u2a.evaluate import forget_nll, win_rate
 from u2a.metrics import describe
-from u2a.metrics.generation import wanted
+from u2a.metrics.generation import greedy, wanted, written
+from u2a.metrics.suites.retrained import load_model
 from u2a.workspace import Workspace
 
 TOFU_KEYS = {
@@ -214,6 +215,28 @@ def test_functions_of_the_user_are_asked(folder, monkeypatch):
                        ("mine:nothing", "mine has no function nothing")):  # fmt: skip
         code, said = u2a(folder, "--adapter", "adapter", "--judge", bad)
         assert code == 2 and words in said
+
+
+def test_cleanness_beside_a_retrained_model(folder, monkeypatch):
+    (folder / "gibberish.py").write_text(
+        "def sound(texts):\n    return [min(1, len(t) / 60) for t in texts]\n"
+    )
+    monkeypatch.chdir(folder)
+    ask = ("--suite", "forget", "--classifier", "gibberish:sound", "--text")
+    code, said = u2a(folder, *ask, "--adapter", "adapter", "--retain-model", "retrained")
+    assert code == 0, said
+    got = json.loads((folder / "run" / "eval" / "results.json").read_text())
+    found = {**got["models"], "unlearned": got["results"]}
+    rows = [r for r in lines(folder / "run" / "eval" / "samples.jsonl") if "generation" in r]
+    cfg = load_config(folder / "run.yaml")
+    work = Workspace(cfg, folder)
+    model = load_model(str(folder / "retrained"), cfg)
+    theirs = written(model, work.tokenizer, work.data.forget[:3], greedy(6))
+    for name in ("base", "unlearned"):
+        ours = [r["generation"] for r in rows if r["model"] == name]
+        p = stats.ks_2samp(*([len(t) for t in texts] for texts in (ours, theirs))).pvalue
+        value = found[name]["forget"]["cleanness_indistinguishability,none"]
+        assert len(ours) == 3 and value == pytest.approx(p)
 
 
 def test_win_rates_of_drawn_answers(folder, monkeypatch):

@@ -92,6 +92,10 @@ ALIGNMENT = (
     Metric("cleanness", "mean P(sound text) by a classifier of gibberish", "high",
            "u2a.metrics.alignment.cleanness", "forget, retain, with --classifier",
            "AltPO, arXiv 2409.13474"),
+    Metric("cleanness indistinguishability", "p-value of the KS test between P(sound) of the "
+           "unlearned and of a retrained model's answers", "high",
+           "u2a.metrics.estimate.same_distribution",
+           "forget, with --classifier and --retain-model", "AltPO, arXiv 2409.13474"),
 )  # fmt: skip
 GROUPS = {
     "Unlearning": UNLEARNING,

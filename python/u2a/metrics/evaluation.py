@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from u2a.adapter import adapter_disabled
 from u2a.config import Config
 from u2a.errors import DataError
@@ -26,15 +24,6 @@ from u2a.rundir import RunDir, file_hash
 from u2a.workspace import Workspace, model_digest
 
 Tasks = dict[str, dict[str, Estimate]]
-
-
-@dataclass
-class Retrained:
-    """Numbers of the model trained without the forget set, by the suite that wants them."""
-
-    ratios: dict[str, Tensor] = field(default_factory=dict)
-    min_k: dict[str, float] = field(default_factory=dict)
-    losses: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -64,10 +53,11 @@ def evaluate(
         work = Workspace(cfg, folder.path)
         found = _adapter(cfg, folder, adapter)
         inputs = read_inputs(work, chosen)
-        reference = _retrained(work, inputs, retain_model)
+        asked = judges or Judges()
+        reference = retrained.Retrained.of(work, inputs, retain_model, asked)
         absent = inputs.absent(reference.ratios, reference.min_k, reference.losses)
         work.load_adapter(found)
-        job = _Job(work, inputs, reference, judges or Judges(), show)
+        job = _Job(work, inputs, reference, asked, show)
         tasks = dict(job.models())
         _write(folder, job, tasks, {
             "model": cfg.model.name,
@@ -99,37 +89,13 @@ def _adapter(cfg: Config, folder: RunDir, given: Path | None) -> Path:
     return folder.file("adapter")
 
 
-def _retrained(work: Workspace, inputs: Inputs, name: str | None) -> Retrained:
-    out = Retrained()
-    if name is None:
-        return out
-    if name.endswith(".json"):
-        logs = retrained.Logs(Path(name))
-        if inputs.tofu:
-            out.ratios = logs.truth_ratios()
-        if "tofu" in inputs.members():
-            out.min_k["tofu"] = logs.min_k_auc()
-        return out
-    model = retrained.load_model(name, work.cfg)
-    subject = Subject("retrained", model, work.tokenizer, work.cfg)
-    if inputs.tofu:
-        out.ratios = tofu.truth_ratios(subject, inputs.tofu["forget"])
-    for key, members in inputs.members().items():
-        out.min_k[key] = membership.min_k_auc(subject, members, inputs.holdout)
-        out.losses[key] = (
-            membership.mean_losses(subject, members),
-            membership.mean_losses(subject, inputs.holdout),
-        )
-    return out
-
-
 @dataclass
 class _Job:
     """The suites on base and unlearned model; entries and samples pile up."""
 
     work: Workspace
     inputs: Inputs
-    retrained: Retrained
+    retrained: retrained.Retrained
     judges: Judges
     show: bool
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -160,7 +126,8 @@ class _Job:
                 found.append(facts)
         for name, data in (("forget", inputs.data.forget), ("retain", inputs.data.retain_test)):
             if name in suites:
-                found.append(rows.row_suite(subject, name, data))
+                sound = self.retrained.sound if name == "forget" else None
+                found.append(rows.row_suite(subject, name, data, sound))
         entries: dict[str, Entries] = {}
         if "tofu" in suites:
             entries["tofu"] = tofu.tofu_suite(subject, inputs.tofu)

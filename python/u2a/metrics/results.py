@@ -15,7 +15,11 @@ KEPT = {
     "extraction_strength": True, "rougeL_recall": True, "rougeL_f1": True, "over_refusal": False,
     "cleanness": True,
 }  # fmt: skip
-FORGOTTEN = {k: not v for k, v in KEPT.items()} | {"attack_success": False, "cleanness": True}
+FORGOTTEN = {k: not v for k, v in KEPT.items()} | {
+    "attack_success": False,
+    "cleanness": True,
+    "cleanness_indistinguishability": True,
+}
 HIGHER_IS_BETTER: dict[str, dict[str, bool]] = {
     "forget": FORGOTTEN,
     "retain": KEPT,
