@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ def _adapter(cfg: Config, folder: RunDir, given: Path | None) -> Path:
     return folder.file("adapter")
 
 
+@contextmanager
+def _asking(judges: Judges) -> Iterator[None]:
+    """What is wrong with the answer of a function of the user is a fault of the data."""
+    try:
+        yield
+    except ValueError as e:
+        if not judges.names():
+            raise
+        raise DataError(f"eval: {e}; asked were {judges.names()}") from e
+
+
 @dataclass
 class _Job:
     """The suites on base and unlearned model; entries and samples pile up."""
@@ -118,16 +129,8 @@ class _Job:
     def tasks(self, subject: Subject, held: PairSet | None) -> Tasks:
         inputs, suites = self.inputs, self.inputs.suites
         found: list[Findings] = []
-        if held is not None:
-            found.append(preference.preference_suite(subject, held))
-            if subject.cfg.eval.generate:
-                facts, ours = preference.answer_suite(subject, held.pairs, self.answers)
-                self.answers = ours  # the base model comes first
-                found.append(facts)
-        for name, data in (("forget", inputs.data.forget), ("retain", inputs.data.retain_test)):
-            if name in suites:
-                sound = self.retrained.sound if name == "forget" else None
-                found.append(rows.row_suite(subject, name, data, sound))
+        with _asking(self.judges):
+            found += self.asked(subject, held)
         entries: dict[str, Entries] = {}
         if "tofu" in suites:
             entries["tofu"] = tofu.tofu_suite(subject, inputs.tofu)
@@ -148,6 +151,21 @@ class _Job:
         return {f.task: f.values for f in found} | {
             suite: results.of_entries(e) for suite, e in entries.items()
         }
+
+    def asked(self, subject: Subject, held: PairSet | None) -> list[Findings]:
+        """The suites that ask the functions of the user."""
+        inputs, found = self.inputs, list[Findings]()
+        if held is not None:
+            found.append(preference.preference_suite(subject, held))
+            if subject.cfg.eval.generate:
+                facts, ours = preference.answer_suite(subject, held.pairs, self.answers)
+                self.answers = ours  # the base model comes first
+                found.append(facts)
+        for name, data in (("forget", inputs.data.forget), ("retain", inputs.data.retain_test)):
+            if name in inputs.suites:
+                sound = self.retrained.sound if name == "forget" else None
+                found.append(rows.row_suite(subject, name, data, sound))
+        return found
 
     def membership(self, subject: Subject, key: str, members: Any) -> tuple[Findings, Entries]:
         facts, scores = membership.membership_suite(
