@@ -54,7 +54,8 @@ def evaluate(
         found = _adapter(cfg, folder, adapter)
         inputs = read_inputs(work, chosen)
         asked = judges or Judges()
-        reference = retrained.Retrained.of(work, inputs, retain_model, asked)
+        with _asking(asked):
+            reference = retrained.Retrained.of(work, inputs, retain_model, asked)
         absent = inputs.absent(reference.ratios, reference.min_k, reference.losses)
         work.load_adapter(found)
         job = _Job(work, inputs, reference, asked, show)
