@@ -244,6 +244,7 @@ def test_win_rates_of_drawn_answers(folder, monkeypatch):
     (folder / "taste.py").write_text(
         "def longer(prompts, first, second):\n"
         "    return [(len(a) > len(b)) - (len(a) < len(b)) for a, b in zip(first, second)]\n"
+        "def size(prompts, completions, **_):\n    return [len(c.strip()) for c in completions]\n"
     )
     monkeypatch.chdir(folder)
     ask = ("--adapter", "adapter", "--suite", "pa", "--text", "--set", "eval.generate=6")
@@ -266,6 +267,12 @@ def test_win_rates_of_drawn_answers(folder, monkeypatch):
         values = [got["results"]["answers"][f"{name}{end},none"] for end in ("", "_low", "_high")]
         assert values == pytest.approx([want.value, want.low, want.high])
         assert [r[name] for r in ours] == [1.0 if a > b else 0.5 * (a == b) for a, b in sizes]
+    code, said = u2a(folder, *ask, "--reward", "taste:size")
+    assert code == 0, said
+    again = json.loads((folder / "run" / "eval" / "results.json").read_text())
+    for key, value in got["results"]["answers"].items():
+        if "win_rate" in key:
+            assert again["results"]["answers"][key] == pytest.approx(value), "the same taste"
 
 
 def test_the_page_of_metrics_is_current():
