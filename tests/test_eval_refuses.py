@@ -119,24 +119,6 @@ def test_faults_in_retrained_logs_are_named(folder, tmp_path):
         assert code == 3 and words in said and str(path) in said
 
 
-def test_what_functions_of_the_user_answer_is_checked(folder, monkeypatch):
-    (folder / "odd.py").write_text(
-        "def judge(prompts, answers):\n    return [5] * len(answers)\n"
-        "def compare(prompts, first, second):\n    return ['first'] * len(prompts)\n"
-        "def reward(prompts, completions, **_):\n    return [0.0]\n"
-    )
-    monkeypatch.chdir(folder)
-    for option, suite, words in (
-        ("judge", "forget", "attack_success: number 0 is 5.0, wanted in [0, 1]"),
-        ("compare", "pa", "verdicts: wanted 3 verdicts of -1, 0 or 1"),
-        ("reward", "pa", "reward: wanted one value per completion, 3; got 1"),
-    ):
-        ask = ("--adapter", "adapter", "--suite", suite, f"--{option}", f"odd:{option}")
-        code, said = u2a(folder, *ask)
-        assert code == 3 and words in said and f"odd:{option}" in said
-        assert "Traceback" not in said
-
-
 def test_a_broken_model_exits_6(found, folder, tmp_path):
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     for name, t in tensors.items():
