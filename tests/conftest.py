@@ -1,5 +1,6 @@
 """Interpreter switch (before triton is first imported), quiet threads, NaN-poisoned allocations."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,3 +21,13 @@ def poisoned_memory():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        return path
+
+    return write

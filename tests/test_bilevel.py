@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,6 +187,19 @@ def test_l1_penalty_gives_the_support_that_its_optimality_asks_for():
     torch.testing.assert_close(gain[w > 0], torch.full_like(gain[w > 0], alpha), rtol=0, atol=1e-4)
 
 
+def test_proximal_updates_reach_the_l1_optimum():
+    penalty, toy = Penalty("l1", 0.4), Toy(n=9, p=9, q=0.8, seed=9)
+    plan = Plan(9, 3.0, 1, min_gain=-100, rounds=400, update="proximal", penalty=penalty, cap=9.0)
+    bilevel(toy, plan)
+    w = toy.last.double()
+    toy.resolve(w)
+    gain = toy.gains(w)[0].gain
+    assert (w > 0).any() and (w == 0).any() and float(w.sum()) < 3.0
+    torch.testing.assert_close(gain[w > 0], torch.full_like(gain[w > 0], 0.4), rtol=0, atol=2e-3)
+    bilevel(toy := Toy(n=9, p=9, q=0.8, seed=9), replace(plan, total_weight=0.3, cap=0.1))
+    assert float(toy.last.sum()) <= 0.3 + 1e-6 and float(toy.last.max()) <= 0.1 + 1e-6
+
+
 @pytest.mark.parametrize("kind", ["entropy", "l1"])
 def test_penalised_updates_raise_the_penalised_objective(kind):
     penalty, reached = Penalty(kind, 0.3), {}
@@ -270,6 +284,9 @@ def test_plan_refuses():
         Plan(4, 1.0, growth="gredy")
     with pytest.raises(ValueError, match=r"blocks must be in \[1, 4\], got 5"):
         Plan(4, 1.0, blocks=5)
+    for penalty in (None, Penalty("sqrt", 0.1)):
+        with pytest.raises(ValueError, match="update 'proximal' needs an l1 penalty, got"):
+            Plan(4, 1.0, update="proximal", penalty=penalty)
     with pytest.raises(ValueError, match="total_weight must be > 0"):
         Plan(4, 0.0)
     with pytest.raises(ValueError, match="budget must be in"):

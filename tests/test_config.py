@@ -93,6 +93,14 @@ def test_solvers_that_cannot(write, solve, message):
         load_config(write(GOOD + f"\nsolve: {solve}\n"))
 
 
+def test_weight_updates_that_can_be_configured_and_one_that_cannot(write):
+    chosen = "select: {updates: 3, penalty: l1, penalty_weight: 0.2, update: proximal}"
+    found = load_config(write(GOOD + f"\n{chosen}\n")).select
+    assert (found.update, found.penalty, found.weight_cap) == ("proximal", "l1", 4.0)
+    with pytest.raises(ConfigError, match="select.update: 'proximal', wanted penalty l1 beside it"):
+        load_config(write(GOOD + "\nselect: {updates: 3, update: proximal}\n"))
+
+
 def test_every_fault_at_once_with_the_nearest_name(write):
     path = write(
         """
@@ -144,9 +152,9 @@ def test_overrides_are_typed_and_checked(write):
     found = faults(lambda: load_config(path, {"unlearn.rl": "1", "select.budget": "many"}))
     assert found == [
         "select.budget: 'many', wanted a valid integer",
-        "unlearn.rl: unknown key, wanted one of loss, beta, options, retain_weight, anchor, lr, "
-        "steps, batch_tokens, batch_rows, retain_rows, optimizer, solver, tol, max_iter, "
-        "nearest 'lr'",
+        "unlearn.rl: unknown key, wanted one of loss, beta, options, retain_weight, harmonise, "
+        "anchor, lr, steps, batch_tokens, batch_rows, retain_rows, optimizer, solver, tol, "
+        "max_iter, nearest 'lr'",
     ]
     assert "is not a section" in faults(lambda: load_config(path, {"unlearn.lr.x": "1"}))[0]
 

@@ -142,7 +142,11 @@ def test_descending_lowers_the_answer_and_not_the_partner(name):
 def test_npo_published_digits_and_limits():
     lps = answer([[-4.0, -6.0]], [-8.0])
     assert get_loss("npo")(lps).item() == pytest.approx(11.9627773876, abs=5e-11)
-    assert get_loss("npo", 1.0)(lps).item() == pytest.approx(0.2538560, abs=5e-8)
+    lps.logp.requires_grad_()
+    strong = get_loss("npo", 1.0)(lps)
+    assert strong.item() == pytest.approx(0.2538560, abs=5e-8)
+    (slope,) = torch.autograd.grad(strong.sum(), lps.logp)
+    assert slope.tolist() == pytest.approx([0.2384058] * 2, abs=5e-8)
     small = 1e-6  # beta -> 0: npo - (2/beta) log 2 -> lp - lp_ref
     shifted = get_loss("npo", small)(lps).item() - 2 / small * math.log(2)
     assert shifted == pytest.approx(-2.0, abs=1e-5)
@@ -170,6 +174,11 @@ def test_topr_limits():
     signed = topr(lps.with_logp(logp), torch.tensor([1.0, 1.0, -1.0]), baseline=0.5)
     (g,) = torch.autograd.grad(signed.sum(), logp)
     torch.testing.assert_close(g[::2], torch.tensor([-0.5, -0.5, 1.5], dtype=F64))
+    r = torch.tensor([1.0, -2.0, -1.0])
+    inner = answer([[-1.0, -1.0], [-2.5, -0.5], [-2.0, -2.0]], [-2.0, -2.0, -3.0])
+    assert torch.autograd.gradcheck(
+        lambda t: topr(inner.with_logp(t), r), inner.logp.requires_grad_()
+    )
     u = torch.linspace(-3, 3, 25, dtype=F64, requires_grad=True)
     (slope,) = torch.autograd.grad(tapered(u, 0.2, 2.0).sum(), u)
     torch.testing.assert_close(slope, u.detach().exp().clamp(0.2, 2.0))

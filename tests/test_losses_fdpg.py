@@ -16,6 +16,7 @@ from u2a.losses.fdpg import (
     DIVERGENCES,
     FDPG,
     Normaliser,
+    Samples,
     binary,
     distributional,
     fit_moments,
@@ -46,6 +47,21 @@ def test_slopes_as_checked():
     assert got == pytest.approx(want, abs=1e-6)
 
 
+def test_vector():
+    """log t = 0.5 and -1: f' = log 2 - softplus(-log t) = 0.2190702 and -0.6201145, b = 0.1."""
+    tuner = FDPG("js")
+    tuner.baseline.values.append(0.1)
+    lp = torch.tensor([-1.0, -2.0], dtype=F64, requires_grad=True)
+    target, q = torch.tensor([-1.5, -1.0], dtype=F64), torch.tensor([-1.0, -1.0], dtype=F64)
+    value = tuner.loss(Samples(lp, target, q, log_z=torch.zeros(2)))
+    slope = [0.1 + 0.2190702, math.exp(-1) * (0.1 - 0.6201145)]
+    assert value.tolist() == pytest.approx([-slope[0], -2 * slope[1]], abs=1e-7)
+    weights = torch.tensor([0.5, 2.0], dtype=F64)
+    (g,) = torch.autograd.grad((weights * value).sum(), lp)
+    assert g.tolist() == pytest.approx([0.5 * slope[0], 2 * slope[1]], abs=1e-7)
+    assert list(tuner.baseline.values)[1:] == pytest.approx([-0.2190702, 0.6201145], abs=1e-7)
+
+
 @pytest.mark.parametrize("kind", F)
 def test_slope_and_ratio_belong_to_f(kind):
     u = torch.tensor([-1.3, -0.2, 0.4, 1.1], dtype=F64)
@@ -71,12 +87,12 @@ def test_expectation_is_the_gradient_of_the_divergence(kind, baseline, proposal)
     lp = x.log_softmax(0)
     q = BASE if proposal else lp.detach()
     known = log_z.expand(4)
-    each = tuner.loss(lp, log_p_unnormalised, q if proposal else None, log_z=known)
+    each = tuner.loss(Samples(lp, log_p_unnormalised, q if proposal else None, log_z=known))
     (got,) = torch.autograd.grad((q.exp() * each).sum(), x)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     # each answer drawn q(x) times: the divergence itself
-    parts = [tuner.estimate(lp[i : i + 1], log_p_unnormalised[i : i + 1], q[i : i + 1],
-                            log_z=known[:1]) for i in range(4)]  # fmt: skip
+    parts = [tuner.estimate(Samples(lp[i : i + 1], log_p_unnormalised[i : i + 1], q[i : i + 1],
+                            log_z=known[:1])) for i in range(4)]  # fmt: skip
     assert (q.exp() * torch.stack(parts)).sum().item() == pytest.approx(exact.item())
 
 
@@ -89,7 +105,7 @@ def test_binary_target_pushes_forbidden_answers_down(kind):
     log_z = target.logsumexp(0)
     assert log_z.exp().item() == pytest.approx(0.8)
     lp = x.log_softmax(0)
-    each = tuner.loss(lp, target, log_z=log_z.expand(4))
+    each = tuner.loss(Samples(lp, target, log_z=log_z.expand(4)))
     (g,) = torch.autograd.grad((lp.detach().exp() * each).sum(), x)
     assert g.isfinite().all() and g[2] > 0
 
@@ -103,7 +119,9 @@ def test_online_training_reaches_the_target():
         for _ in range(400):
             lp = x.log_softmax(0)
             s = torch.multinomial(lp.detach().exp(), 64, True, generator=generator)
-            (g,) = torch.autograd.grad(tuner.loss(lp[s], target[s], context=["c"] * 64).mean(), x)
+            (g,) = torch.autograd.grad(
+                tuner.loss(Samples(lp[s], target[s], context=["c"] * 64)).mean(), x
+            )
             x.data -= 0.3 * g
         assert (x.softmax(0) - want).abs().max() < 0.08, kind
         z = tuner.normaliser.log_z(["c"]).exp().item()
@@ -128,7 +146,7 @@ def test_online_on_a_language_model():
         with torch.no_grad():
             target = binary(answer_logps(base, batch).sequence(), allowed)
         optimizer.zero_grad()
-        tuner.loss(lp, target, context=[r.uid for r in found]).mean().backward()
+        tuner.loss(Samples(lp, target, context=[r.uid for r in found])).mean().backward()
         optimizer.step()
         share.append(allowed.float().mean().item())
     assert sum(share[:5]) / 5 < 0.4 and sum(share[-5:]) / 5 > 0.75
@@ -167,16 +185,18 @@ def test_normaliser_per_context():
     assert Normaliser(1.0, z.sums).log_z([3]).item() == 1.0
     tuner = FDPG()
     lp = torch.tensor([-1.0, -2.0], requires_grad=True)
-    none = tuner.loss(lp, torch.full((2,), -torch.inf), context=["x", "x"])  # nothing allowed yet
+    none = tuner.loss(
+        Samples(lp, torch.full((2,), -torch.inf), context=["x", "x"])
+    )  # nothing allowed yet
     assert none.isfinite().all()
 
 
 def test_baseline_window_and_messages():
     tuner = FDPG("tv", window=2)
     lp = torch.tensor([-1.0, -3.0, -3.0], dtype=F64)
-    tuner.loss(lp, torch.full((3,), -2.0, dtype=F64), log_z=torch.zeros(3))
+    tuner.loss(Samples(lp, torch.full((3,), -2.0, dtype=F64), log_z=torch.zeros(3)))
     assert tuner.baseline.mean == 0.5 and len(tuner.baseline.values) == 2
     with pytest.raises(ValueError, match="wanted one of forward_kl, .* got 'kl'"):
         FDPG("kl")
     with pytest.raises(ValueError, match=r"must be \[S\], got \[3\], \[2\]"):
-        tuner.loss(lp, lp[:2])
+        tuner.loss(Samples(lp, lp[:2]))

@@ -125,6 +125,10 @@ def test_pmpo():
     assert g.tolist() == [-0.125, -0.125, 0.75]
     assert pmpo(lp, ~accepted | accepted, kl, 0.0, 0.0).item() == 0  # no rejected answer
     assert torch.autograd.gradcheck(lambda x: pmpo(x, accepted, kl, 0.3, 1.0), lp)
+    w = torch.tensor([0.5, 0.1, 2.0], dtype=F64)
+    weighted = pmpo(lp, accepted, kl, alpha=0.25, beta=2.0, weights=w)
+    assert weighted.item() == pytest.approx(0.25 * (0.5 * 1 + 0.1 * 2) + 0.75 * 2 * -6 + 2.0)
+    assert torch.autograd.gradcheck(lambda x: pmpo(x, accepted, kl, 0.3, 1.0, w), lp)
     with pytest.raises(ValueError, match="alpha in"):
         pmpo(lp, accepted, kl, 1.5, 1.0)
 
@@ -155,8 +159,22 @@ def test_trace():
 
 
 def test_c3po():
-    got = c3po(torch.tensor([1.0, 3.0]), torch.tensor([2.0]), torch.tensor([1.0, 5.0]))
-    assert got.item() == pytest.approx(2 + 0.2 * 2 + 0.1 * 3)
+    given = torch.tensor([1.0, 3.0]), torch.tensor([2.0]), torch.tensor([1.0, 5.0])
+    assert c3po(*given).item() == pytest.approx(2 + 0.2 * 2 + 0.1 * 3)
+    got = c3po(*given, weights=torch.tensor([0.5, 0.1]))
+    assert got.item() == pytest.approx(0.5 + 0.3 + 0.2 * 2 + 0.1 * 3)
+    with pytest.raises(ValueError, match=r"c3po: \[3\] weights, wanted \[2\]"):
+        c3po(*given, weights=torch.ones(3))
+
+
+def test_combinations_by_gradcheck():
+    x = [torch.randn(3, dtype=F64, requires_grad=True) for _ in range(3)]
+    w = torch.tensor([0.2, 0.5, 0.3], dtype=F64)
+    assert torch.autograd.gradcheck(c3po, x)
+    assert torch.autograd.gradcheck(lambda *x: c3po(*x, weights=w), x)
+    assert torch.autograd.gradcheck(lambda a, b, c: trace_loss(a, w, b, 2 * w, c), x)
+    dual = Dual(eps=0.5, lam=3.0)
+    assert torch.autograd.gradcheck(lambda a, b: dual.loss(a.sum(), b.mean()), x[:2])
 
 
 def test_reward_augmentation():

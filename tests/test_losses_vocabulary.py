@@ -160,6 +160,11 @@ def test_needs_are_asked_for():
         head_loss(h, head, torch.zeros(3, dtype=torch.int64), pdu, chunk=0)
 
 
+def test_every_loss_of_the_table_has_its_vector_tried():
+    """The others by `test_losses.test_vector`, which takes all that are wired."""
+    assert {n for n, loss in LOSSES.items() if not loss.wired} == {*NAMES, "rmu"}
+
+
 def test_rmu_vector_and_control():
     v = LOSSES["rmu"].vector
     assert LOSSES["rmu"].needs == {HIDDEN, REFERENCE}

@@ -66,6 +66,22 @@ def test_win_rate_by_a_judge_that_is_asked_twice():
         alignment.judged_win_rate(prompts, ours[:3], theirs, longer)
 
 
+def test_verdicts_and_wins():
+    said = alignment.verdicts(["p"] * 3, ["aa", "b", "c"], ["a", "bb", "c"], lambda p, a, b: [
+        (x > y) - (x < y) for x, y in zip(map(len, a), map(len, b), strict=True)
+    ])  # fmt: skip
+    assert said.tolist() == [1, -1, 0]
+    ours, theirs = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.5, 0.0, 0.5])
+    assert alignment.wins(ours, theirs).tolist() == [1, -1, 0]
+    # 1 win, 1 tie of 3: p = 1/2; z^2 = 3.8415: half-width z sqrt(p(1-p)/3 + z^2/36) / (1 + z^2/3)
+    z2 = stats.chi2.ppf(0.95, 1)
+    half = math.sqrt(z2) * math.sqrt(0.25 / 3 + z2 / 36) / (1 + z2 / 3)
+    got = alignment.rate(said)
+    assert (got.value, got.low, got.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    with pytest.raises(ValueError, match=r"\[3\] rewards against \[2\]"):
+        alignment.wins(ours, theirs[:2])
+
+
 def test_distinct_n():
     texts = ["a b a b", "a b"]
     # words 2 of 6; pairs ab ba ab | ab: 2 of 4; by text (2/3 + 1) / 2

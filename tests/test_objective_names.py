@@ -58,6 +58,11 @@ def test_every_selector_spends_the_total_on_at_most_the_budget(work, method):
         torch.testing.assert_close(weights, total * gain.clamp_min(0) / gain.clamp_min(0).sum())
 
 
+def test_every_selector_may_be_a_baseline(inputs):
+    cfg = settings(inputs, select__reward=REWARD, eval__baselines=list(METHODS))
+    assert cfg.eval.baselines == list(METHODS)
+
+
 def test_a_column_of_the_forget_file_is_a_reward(inputs, tmp_path):
     lines = (inputs / "data" / "forget.jsonl").read_text().splitlines()
     data = [json.loads(line) | {"score": float(i % 7)} for i, line in enumerate(lines)]

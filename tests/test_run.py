@@ -1,5 +1,6 @@
 """A whole run on a tiny model: every stage, continuing, refusing what changed, exit codes."""
 
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,9 @@ from u2a import run as stages
 from u2a.config import make_config
 from u2a.demo.base_model import train_base
 from u2a.demo.corpus import Sizes, write_corpus
-from u2a.errors import CorruptError, GuardError, MismatchError
+from u2a.errors import ConfigError, CorruptError, GuardError, MismatchError
+from u2a.inner import sub_optimality
+from u2a.tree import trainable
 from u2a.workspace import Workspace
 
 SIZES = Sizes(
@@ -34,7 +37,7 @@ def settings(inputs, **changes):
         "data": {n: {"path": str(inputs / "data" / f"{n}.jsonl")} for n in sets},
         "lora": {"r": 2, "alpha": 2, "targets": ["o_proj"], "train": "b"},
         "solve": {"damping": 0.0},
-        "select": {"budget": 6, "blocks": 2, "total_weight": 0.2, "mirror_steps": 1},
+        "select": {"budget": 6, "blocks": 2, "total_weight": 0.2, "updates": 1},
         "unlearn": {
             "loss": "npo", "beta": 0.5, "anchor": 0.1, "solver": "lbfgs", "lr": 0.03, "steps": 6,
         },
@@ -65,6 +68,9 @@ def test_a_run_leaves_what_it_promises(finished, inputs):
     assert len(found["validation"]["points"]) == 4 * len(found["validation"]["weights"])
     page = (finished / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "<script" not in page
+    heads = page.partition("Rounds of the outer loop")[2].partition("</thead>")[0]
+    said = ("effective", "predicted", "realised", "gains &gt; 0", "residual", "slope")
+    assert all(f"<th>{word}</th>" in heads for word in said)
     assert (finished / "adapter" / "adapter_model.safetensors").exists()
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["seed"] == 0 and manifest["data"]["forget"]["rows"] == 22
@@ -149,3 +155,50 @@ def test_every_delivered_model_is_mixed_back_to_the_bound_on_retain_perplexity(i
     for name, at in (("u2a", "adapter"), ("uniform", "adapters/uniform")):
         assert 0 < facts[name]["mix"] < 1
         assert 1 + (bound - 1) / 2 < ratio[at] <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "trainer"])
+def test_every_round_says_how_far_it_can_be_trusted(inputs, tmp_path, solver):
+    cfg = settings(
+        inputs, unlearn__solver=solver, select__tolerance=9.0, select__max_retain_ratio=9.0,
+        validate__candidates=0,
+    )  # fmt: skip
+    out = stages.run(cfg, tmp_path / "x", until="select")
+    rounds = json.loads((out / "rounds.json").read_text())
+    assert len(rounds) > 2
+    for before, row in itertools.pairwise(rounds):
+        assert row["residual"] >= 0 and row["damping"] > 0 and row["iterations"] >= 0
+        assert row["realised"] == pytest.approx(row["J"] - before["J"])
+        assert 1 < row["effective_support"] <= row["support"] * (1 + 1e-6)
+        if row["round"].startswith("block"):
+            assert row["effective_support"] == pytest.approx(row["support"]), "equal weights"
+        assert 0 < row["positive"] <= 1 and row["predicted"] > 0
+        near = row["inner_gradient"] < 1e-3
+        assert near == (solver == "lbfgs"), "a few steps of training end away from the optimum"
+
+
+def test_sub_optimality_is_the_largest_slope(inputs, tmp_path):
+    work = Workspace(settings(inputs), tmp_path)
+    problem = work.problem.with_weights(torch.full((len(work.data.forget),), 0.01))
+    params = trainable(work.model)
+    terms = [part.value(work.model).double() for part in problem.parts()]
+    slope = torch.autograd.grad(
+        sum(terms) + problem.anchor_value(work.model), list(params.values())
+    )  # fmt: skip
+    want = max(float(g.abs().max()) for g in slope)
+    assert sub_optimality(work.model, problem) == pytest.approx(want, rel=1e-5)
+    assert all(p.grad is None for p in params.values())
+    facts = work.resolve(problem)
+    assert sub_optimality(work.model, problem) == pytest.approx(facts["inner_gradient"], rel=1e-3)
+
+
+def test_harmonised_unlearning_by_configuration(inputs, tmp_path):
+    ends = []
+    for on in (False, True):
+        work = Workspace(settings(inputs, unlearn__harmonise=on), tmp_path / str(on))
+        weights = torch.full((len(work.data.forget),), 0.05)
+        work.unlearn(work.problem.with_weights(weights))
+        ends.append(torch.cat([p.detach().flatten() for p in trainable(work.model).values()]))
+    assert (ends[0] - ends[1]).norm() > 1e-3 * ends[0].norm() > 0
+    with pytest.raises(ConfigError, match="unlearn.harmonise: .*retain_weight 0"):
+        settings(inputs, unlearn__harmonise=True, unlearn__retain_weight=0.0)

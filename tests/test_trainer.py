@@ -14,6 +14,7 @@ from u2a.errors import GuardError
 from u2a.guard import RetainGuard
 from u2a.inner import InnerProblem, inner_solve
 from u2a.losses import Loss, get_loss
+from u2a.losses.steps import harmonise
 from u2a.trainer import U2AConfig, U2ATrainer, reference_logps
 from u2a.tree import trainable
 
@@ -126,7 +127,8 @@ def step_gradient(tmp_path, **changes):
             grads.update({n: p.grad.clone() for n, p in trainable(model).items()})
 
     model = tiny_peft(dtype=torch.float64)
-    problem = problem_of(model, batch_tokens=changes.pop("batch_tokens", 8192))
+    given = {"batch_tokens": changes.pop("batch_tokens", 8192), **changes.pop("problem", {})}
+    problem = problem_of(model, **given)
     perturb(model)
     trainer = U2ATrainer(model, config(tmp_path, **changes), problem=problem, callbacks=[Peek()])
     loss = trainer.train().training_loss
@@ -149,6 +151,39 @@ def test_one_full_step_is_the_exact_gradient_in_every_split(tmp_path):
         )
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
         assert loss == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("anchor", [0.3, 0.0])
+def test_a_harmonised_step_is_that_of_both_whole_gradients(tmp_path, anchor):
+    """In one batch or five; there is something to harmonise, or else it is the plain gradient."""
+    model = tiny_peft(dtype=torch.float64)
+    problem = problem_of(model, anchor=anchor)
+    perturb(model)
+    params, sides = trainable(model), []
+    for parts, rest in ((problem.forget_parts(), 0.0), (problem.retain_parts(), anchor)):
+        value = sum(part.value(model) for part in parts)
+        if rest:
+            value = value + problem.anchor_value(model)
+        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        sides.append(dict(zip(params, grads, strict=True)))
+    want = harmonise(sides[1], sides[0])
+    plain = torch.cat([(sides[0][n] + sides[1][n]).flatten() for n in params])
+    flat = torch.cat([g.flatten() for g in want.values()])
+    assert (flat - plain).norm() > 0.01 * plain.norm()
+    for micro, accumulate, retain, tokens in [(8, 1, 16, 8192), (1, 5, 9, 30)]:
+        got, _ = step_gradient(
+            tmp_path, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate,
+            retain_batch_size=retain, batch_tokens=tokens, harmonise=True,
+            problem={"anchor": anchor},
+        )  # fmt: skip
+        torch.testing.assert_close(got, flat, rtol=1e-8, atol=1e-12)
+
+
+def test_harmonising_wants_something_to_retain(tmp_path):
+    model = tiny_peft()
+    bare = problem_of(model, retain=(), retain_weight=0.0)
+    with pytest.raises(ValueError, match="harmonise: wanted retain rows of positive weight"):
+        U2ATrainer(model, config(tmp_path, harmonise=True), problem=bare)
 
 
 def test_partial_steps_agree_between_splits_and_average_to_the_gradient(tmp_path):

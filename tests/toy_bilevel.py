@@ -98,11 +98,15 @@ class Toy:
         theta = self.model.theta.detach()
         return self.g + torch.einsum("ipq,q->ip", self.B, theta), self.c - self.q * theta
 
+    def operator(self, w) -> Curvature:
+        """sum_i w_i B_i."""
+        return Dense(torch.einsum("i,ipq->pq", w.double(), self.B))
+
     def gains(self, w):
         slope, up = self.slopes()
-        a = self.A(w)
-        operator = Dense(a - self.lam * torch.eye(len(a), dtype=torch.float64))
-        found = solve(operator, {"theta": up}, self.method, damping=self.lam, tol=1e-12)
+        found = solve(
+            self.operator(w), {"theta": up}, self.method, damping=self.lam, tol=1e-12
+        )  # fmt: skip
         gain = -(slope @ found.x["theta"])
         return Scores(gain, gain.isfinite(), [r.uid for r in self.problem.forget]), found
 

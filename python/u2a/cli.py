@@ -148,6 +148,9 @@ def eval_(
     ] = None,
     reward: Annotated[str | None, typer.Option(metavar="M:F", help="TRL reward function.")] = None,
     judge: Annotated[str | None, typer.Option(metavar="M:F", help="Judge of harm.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="M:F", help="Judge of two answers.")
+    ] = None,
     classifier: Annotated[str | None, typer.Option(metavar="M:F", help="Of sound text.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Write generated texts too.")] = False,
     set_: Sets = [],  # noqa: B006
@@ -157,7 +160,9 @@ def eval_(
         cfg = _load(config, set_)
         from u2a.metrics import calls, evaluation
 
-        judges = calls.judges(reward, judge, classifier)
+        judges = calls.judges(
+            reward=reward, judge=judge, compare=compare, classifier=classifier
+        )  # fmt: skip
         folder = evaluation.evaluate(
             cfg, out or Path("runs") / config.stem, adapter=adapter, suites=suite,
             retain_model=retain_model, judges=judges, show=text,

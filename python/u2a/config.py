@@ -23,12 +23,12 @@ from u2a.config_sections import (
     ObjectiveConfig,
     RunConfig,
     Section,
-    SelectConfig,
     SolveConfig,
     SourceConfig,
     UnlearnConfig,
     ValidateConfig,
 )
+from u2a.config_select import SelectConfig
 from u2a.errors import ConfigError
 from u2a.loss_names import combination_faults
 from u2a.objective_names import objective_faults

@@ -47,6 +47,8 @@ class EvalConfig(Section):
             "g-effect",
             "trak",
             "upcore",
+            "worst-case",
+            "easiest",
         ]
     ] = [
         "uniform",

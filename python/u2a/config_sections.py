@@ -1,4 +1,4 @@
-"""The sections of a configuration, frozen and strict; `config_eval` has that of `u2a eval`."""
+"""Sections of a configuration, frozen and strict; `config_select`, `config_eval` have theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validat
 from pydantic import ValidationInfo as Info
 
 from u2a.loss_names import loss_name
-from u2a.objective_names import function_name, reward_source
+from u2a.objective_names import function_name
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -156,36 +156,6 @@ class SolveConfig(Section):
         return value
 
 
-class SelectConfig(Section):
-    """`greedy`, `pursuit`, `quadratic` and `official`: `u2a.bilevel.Plan.growth`; the others choose
-    once (`u2a.select`). `tolerance`: the loop ends when J has fallen by more. `max_retain_ratio`:
-    bound on the retain rows' perplexity, times the start's: rounds of the loop are judged, and all
-    methods' models delivered, mixed back to it (`u2a.mixing`). `reward`:
-    what `low-reward` ranks by, "module:function" or a column of data.forget (null:
-    objective.reward). `detector`: of `upcore`. `early_exit`: rows leave the loop once ROUGE-L f1 of
-    what the model writes with their answer is below this (`u2a.metrics.forgotten`)."""
-
-    method: Literal[
-        "greedy", "pursuit", "quadratic", "official", "topk", "uniform", "random",
-        "low-likelihood", "low-reward", "grad-norm", "cosine", "threshold", "g-effect", "trak",
-        "upcore", "worst-case", "easiest",
-    ] = "greedy"  # fmt: skip
-    reward: Annotated[str | None, PlainValidator(reward_source)] = None
-    detector: Literal["isolation-forest", "lof", "one-class-svm", "mahalanobis"] = (
-        "isolation-forest"
-    )
-    inverse: Literal["ekfac", "cg", "identity"] = "ekfac"
-    budget: Count = 1000
-    blocks: Count = 4
-    total_weight: Positive = 1.0
-    min_gain: float = 0.0
-    mirror_steps: Annotated[int, Field(ge=0)] = 0
-    eta: Positive = 1.0
-    tolerance: NonNegative = 0.0
-    max_retain_ratio: Annotated[float, Field(gt=1)] = 1.05
-    early_exit: Annotated[float, Field(gt=0, le=1)] | None = None
-
-
 class UnlearnConfig(Section):
     """`loss`, `beta` (null: the loss's own) and `options` as in `u2a.losses`; `anchor` is the
     lambda of lambda/2 ||theta - theta_0||^2.
@@ -193,12 +163,14 @@ class UnlearnConfig(Section):
     `solver`: how the inner problem is solved between rounds, exactly by L-BFGS (small models; `tol`
     on the largest gradient entry, `max_iter`) or by `steps` steps of the trainer. The final
     unlearning is the trainer's: `steps` of `batch_rows` forget and `retain_rows` retain rows.
+    `harmonise`: its steps, as in `u2a.trainer.U2AConfig`.
     """
 
     loss: Annotated[str, PlainValidator(loss_name)] = "npo"
     beta: Positive | None = None
     options: dict[str, float] = {}
     retain_weight: NonNegative = 1.0
+    harmonise: bool = False
     anchor: NonNegative = 0.0
     lr: Positive = 1e-5
     steps: Count = 100
@@ -209,6 +181,13 @@ class UnlearnConfig(Section):
     solver: Literal["lbfgs", "trainer"] = "trainer"
     tol: Positive = 1e-5
     max_iter: Count = 100
+
+    @field_validator("harmonise")
+    @classmethod
+    def _retains(cls, value: bool, info: Info) -> bool:
+        if value and not info.data.get("retain_weight"):
+            raise ValueError("false beside unlearn.retain_weight 0")
+        return value
 
 
 class GuardConfig(Section):

@@ -273,6 +273,21 @@ def inner_solve(
         raise
     finally:
         model.train(mode)
-        grad_max = max((float(p.grad.abs().max()) for p in params if p.grad is not None), default=0)
+        grad_max = _largest(params)
         optimizer.zero_grad()
     return InnerResult(value, grad_max, evaluations, grad_max <= tol)
+
+
+def sub_optimality(model: nn.Module, problem: InnerProblem) -> float:
+    """max |grad F| at the model's present parameters, 0 at the optimum: one full gradient."""
+    params = list(trainable(model).values())
+    with evaluating(model), torch.enable_grad():
+        problem.loss_and_grad(model)
+    found = _largest(params)
+    for p in params:
+        p.grad = None
+    return found
+
+
+def _largest(params: Iterable[Tensor]) -> float:
+    return max((float(p.grad.abs().max()) for p in params if p.grad is not None), default=0.0)

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 PALETTE = ("#0b6e99", "#d1495b", "#e08e0b", "#5b8c5a", "#7a5195", "#8d99ae")
+AGAIN = ", re-linearised"
+MARKS = "osD^v"
 STYLE: Any = {
     "font.size": 10,
     "axes.edgecolor": "#b8c2cc",
@@ -41,6 +43,20 @@ def _png(figure: Figure) -> bytes:
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     return {n: PALETTE[i % len(PALETTE)] for i, n in enumerate(sorted(set(names)))}
+
+
+def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of every name, no two alike for fifty of them; a re-linearised
+    estimator is its plain one dashed, with hollow markers."""
+    plain = list(dict.fromkeys(name.removesuffix(AGAIN) for name in names))
+    out = {}
+    for name in names:
+        i, again = plain.index(name.removesuffix(AGAIN)), name.endswith(AGAIN)
+        out[name] = {
+            "color": plt.cm.tab10(i % 10), "marker": MARKS[i // 10 % len(MARKS)],
+            "linestyle": "--" if again else "-",
+        } | ({"markerfacecolor": "white"} if again else {})  # fmt: skip
+    return out
 
 
 def predicted_realised(validation: Mapping[str, Any]) -> bytes:

@@ -27,6 +27,13 @@ img{max-width:100%;height:auto;display:block;margin:8px 0}
 .green{border-color:var(--green)}.amber{border-color:var(--amber)}.red{border-color:var(--red)}
 code{background:#f1f4f7;padding:1px 5px;border-radius:3px;font-size:13px}
 """
+ROUND = {
+    "round": "round", "added": "added", "support": "support", "effective_support": "effective",
+    "J": "J", "J_validation": "J, validation", "predicted": "predicted", "realised": "realised",
+    "retain_ratio": "retain ratio", "mix": "mixed back to", "J_within": "J, validation, within",
+    "positive": "gains > 0", "residual": "residual",
+    "iterations": "iterations", "inner_gradient": "slope",
+}  # fmt: skip
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -106,21 +113,17 @@ def _classes(metrics: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
 
 
 def _rounds(metrics: Mapping[str, Any]) -> str:
-    keys = [
-        "round",
-        "added",
-        "support",
-        "J",
-        "J_validation",
-        "retain_ratio",
-        "mix",
-        "J_within",
-        "positive",
-        "residual",
-        "iterations",
-    ]
-    rows = [("", [r.get(k, "") for k in keys]) for r in metrics["rounds"]]
-    return "<h2>Rounds of the outer loop</h2>" + _table(keys, rows)
+    rows = [("", [r.get(k, "") for k in ROUND]) for r in metrics["rounds"]]
+    return (
+        "<h2>Rounds of the outer loop</h2>"
+        + _table(list(ROUND.values()), rows)
+        + "<p class=muted>Effective: (sum w)<sup>2</sup> / sum w<sup>2</sup>. Change of J since "
+        "the round before, predicted by the gains and realised. Residual: relative, of the solve "
+        "behind the gains. Slope: largest entry of the inner problem's gradient left by its solve. "
+        "Beyond the bound on retain perplexity a round is judged mixed back to it: how far from "
+        "the start, and J there."
+        "</p>"
+    )
 
 
 def _data(stats: Mapping[str, Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from u2a.adapter import reference_logps, sequence_logps
 from u2a.batch import AnswerLogps, Row, row_batches
 from u2a.errors import ConfigError
 from u2a.generate import Sampling, sampled_rows
-from u2a.losses.fdpg import DIVERGENCES, FDPG, binary, rlhf
+from u2a.losses.fdpg import DIVERGENCES, FDPG, Samples, binary, rlhf
 from u2a.products import gradient
 from u2a.tree import Tree
 
@@ -168,9 +168,9 @@ class ToTarget(Reward):
     def draw(self, model: nn.Module) -> tuple[list[Row], Tensor]:
         """Answers and their r'."""
         rows, lp, target, prompt = self._terms(model)
-        log_t, _ = FDPG(self.divergence).ratios(lp, target, context=prompt)
+        log_t, _ = FDPG(self.divergence).ratios(Samples(lp, target, context=prompt))
         return rows, -DIVERGENCES[self.divergence].slope(log_t)
 
     def value(self, model: nn.Module) -> float:
         _, lp, target, prompt = self._terms(model)
-        return -float(FDPG(self.divergence).estimate(lp, target, context=prompt))
+        return -float(FDPG(self.divergence).estimate(Samples(lp, target, context=prompt)))

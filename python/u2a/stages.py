@@ -11,7 +11,7 @@ from torch import Tensor
 
 from u2a import report
 from u2a.adapter import adapter_disabled, snapshot
-from u2a.bilevel import Finished, Plan, bilevel
+from u2a.bilevel import Finished, Growth, Plan, bilevel
 from u2a.config import Config
 from u2a.errors import GuardError
 from u2a.metrics import comparison
@@ -19,6 +19,7 @@ from u2a.metrics.forgotten import Forgotten
 from u2a.mixing import mix_back
 from u2a.one_shot import one_shot
 from u2a.rundir import RunDir
+from u2a.select import Penalty
 from u2a.validate import identity_gain, validate
 from u2a.workspace import Workspace, model_digest
 
@@ -105,6 +106,16 @@ class Run:
         self.dir.write_json("validation.json", found)
         return ["validation.json"]
 
+    def _plan(self, n: int, growth: Growth) -> Plan:
+        s = self.cfg.select
+        budget = min(s.budget, n)
+        return Plan(
+            budget, s.total_weight, min(s.blocks, budget), growth, s.inverse, s.min_gain,
+            s.updates, s.update, s.eta, cap=s.weight_cap * s.total_weight / budget,
+            penalty=None if s.penalty == "none" else Penalty(s.penalty, s.penalty_weight),
+            tolerance=s.tolerance, max_retain_ratio=s.max_retain_ratio, finished=self._early_exit(),
+        )  # fmt: skip
+
     def _early_exit(self) -> Finished | None:
         below = self.cfg.select.early_exit
         return None if below is None else Forgotten(self.work.tokenizer, below)
@@ -115,13 +126,7 @@ class Run:
         rounds: list[dict[str, Any]] = []
         if s.method in ("greedy", "pursuit", "quadratic", "official"):
             self.at = None
-            budget = min(s.budget, n)
-            plan = Plan(
-                budget, s.total_weight, min(s.blocks, budget), s.method, s.inverse, s.min_gain,
-                s.mirror_steps, "mirror", s.eta, tolerance=s.tolerance,
-                max_retain_ratio=s.max_retain_ratio, finished=self._early_exit(),
-            )  # fmt: skip
-            found = bilevel(self.work.outer, plan)
+            found = bilevel(self.work.outer, self._plan(n, s.method))
             weights, rounds = found.weights, found.rounds
         else:
             weights = self.one_shot(s.method, s.total_weight)

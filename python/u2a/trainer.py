@@ -8,21 +8,24 @@ and the same however accumulation and `batch_tokens` split it. Weights are never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from u2a.adapter import distance, reference_logps, restore, sequence_logps, snapshot
 from u2a.batch import Row
-from u2a.errors import EnvironmentError_, GuardError
+from u2a.errors import GuardError
 from u2a.guard import GuardCallback, RetainGuard, StepCheck
+from u2a.harmony import Harmony
 from u2a.inner import InnerProblem, InnerResult, Part, inner_solve
 from u2a.losses import get_loss
 from u2a.strata import Strata
+from u2a.trainer_config import U2AConfig, one_device
+from u2a.tree import trainable
 
 __all__ = [
     "InnerProblem",
@@ -32,51 +35,6 @@ __all__ = [
     "inner_solve",
     "reference_logps",
 ]
-
-
-@dataclass
-class U2AConfig(TrainingArguments):
-    """TrainingArguments and the inner problem.
-
-    `per_device_train_batch_size` forget rows per micro-step, with `retain_batch_size` retain rows
-    (None: as many); `batch_tokens` cuts either for memory only. `beta` and `retain_weight` None:
-    the loss's own. `max_kl` nats per token and `max_retain_ppl_ratio` are the guard's bands, read
-    every `guard_every` steps; `guard=False` turns it off.
-    """
-
-    loss: str = "npo"
-    beta: float | None = None
-    retain_weight: float | None = None
-    anchor: float = 0.0
-    batch_tokens: int = 8192
-    retain_batch_size: int | None = None
-    guard: bool = True
-    guard_every: int = 10
-    max_kl: float = 2.0
-    max_retain_ppl_ratio: float = 1.3
-    on_trip: str = "stop-keep-last-good"
-    logging_nan_inf_filter: bool = False
-    remove_unused_columns: bool = False
-    save_strategy: str = "no"
-    report_to: None | str | list[str] = "none"
-
-    def __post_init__(self) -> None:
-        if self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        super().__post_init__()
-        get_loss(self.loss, self.beta)
-        if self.logging_nan_inf_filter:
-            raise ValueError("logging_nan_inf_filter: wanted False (it hides a NaN), got True")
-        if self.fp16:
-            raise ValueError("fp16: not supported (its scaler skips steps silently); use bf16")
-
-
-def _one_device(args: TrainingArguments) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise EnvironmentError_(
-            f"U2ATrainer: wanted one process and one device, got world size {args.world_size} "
-            f"and {args.n_gpu} GPUs; set CUDA_VISIBLE_DEVICES to one"
-        )
 
 
 class U2ATrainer(Trainer):
@@ -111,7 +69,7 @@ class U2ATrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        _one_device(args)
+        one_device(args)
         super().__init__(
             model=model,
             args=args,
@@ -131,6 +89,7 @@ class U2ATrainer(Trainer):
             raise ValueError(f"weights: all {len(problem.forget)} are zero, nothing to unlearn")
         self.problem = problem
         self.train_dataset = problem.forget
+        self.harmony = self._harmony() if args.harmonise else None
         self.guard_callback: GuardCallback | None = None
         if args.guard and problem.retain:
             self._add_guard(reference_model)
@@ -157,6 +116,11 @@ class U2ATrainer(Trainer):
             anchor=args.anchor,
             batch_tokens=args.batch_tokens,
         )
+
+    def _harmony(self) -> Harmony:
+        if not (self.problem.retain and self.problem.retain_weight):
+            raise ValueError("harmonise: wanted retain rows of positive weight, got none")
+        return Harmony(trainable(self.model))
 
     def _add_guard(self, reference_model: nn.Module | None) -> None:
         args = self.args
@@ -210,15 +174,16 @@ class U2ATrainer(Trainer):
 
     def _terms(
         self, inputs: dict[str, list[Part]], counts: dict[str, int]
-    ) -> Iterator[Callable[[], Tensor]]:
-        """The micro-step's share of the step's loss, in pieces to be evaluated one at a time."""
+    ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """The micro-step's share of the step's loss, in pieces to be evaluated one at a time, by
+        what they are for."""
         sizes = {"forget": len(self.problem.support), "retain": len(self.problem.retain)}
         for kind, size in sizes.items():
             for part in inputs[kind]:
                 scaled = part.scaled(size / counts[kind])
-                yield lambda part=scaled: part.value(self.model)  # type: ignore[misc]
+                yield kind, lambda part=scaled: part.value(self.model)  # type: ignore[misc]
         if self.problem.anchor:
-            yield lambda: self.problem.anchor_value(self.model) / counts["micro"]
+            yield "anchor", lambda: self.problem.anchor_value(self.model) / counts["micro"]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -228,11 +193,15 @@ class U2ATrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         total = torch.zeros((), device=self.args.device)
-        for term in self._terms(inputs, num_items_in_batch or self._counts([inputs])):
+        for kind, term in self._terms(inputs, num_items_in_batch or self._counts([inputs])):
             with self.accelerator.autocast():
                 value = term()
-            self.accelerator.backward(value)
+            harmony = self.harmony if kind == "forget" else None
+            with harmony.forgetting() if harmony else nullcontext():
+                self.accelerator.backward(value)
             total += value.detach()
+        if self.harmony and self.accelerator.sync_gradients:
+            self.harmony.join()
         return total
 
     def compute_loss(
@@ -244,7 +213,7 @@ class U2ATrainer(Trainer):
     ) -> Any:
         """The same loss as one scalar with graph."""
         terms = self._terms(inputs, num_items_in_batch or self._counts([inputs]))
-        loss = torch.stack([term() for term in terms]).sum()
+        loss = torch.stack([term() for _, term in terms]).sum()
         return (loss, None) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

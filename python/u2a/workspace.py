@@ -19,7 +19,7 @@ from u2a.config import Config
 from u2a.data import Prepared, prepare
 from u2a.errors import DataError
 from u2a.generate import Sampling
-from u2a.inner import InnerProblem, inner_solve
+from u2a.inner import InnerProblem, inner_solve, sub_optimality
 from u2a.losses import get_loss
 from u2a.objective_names import DRAWN
 from u2a.objectives import Likelihood, Margin, Objective, PairSet, Preference
@@ -174,12 +174,14 @@ class Workspace:
         return ToTarget(*given, divergence=o.divergence, target=o.target, beta=o.beta)
 
     def resolve(self, problem: InnerProblem) -> dict[str, Any]:
-        """Inner solve between rounds: to the optimum by L-BFGS, or by training."""
+        """Inner solve between rounds: to the optimum by L-BFGS, or by training. `inner_gradient`,
+        the largest slope of F left, says how far from the optimum it ends."""
         u = self.cfg.unlearn
         if u.solver == "lbfgs" or not problem.support:
             result = inner_solve(self.model, problem, u.tol, u.max_iter)
             return {"inner_gradient": result.grad_max, "inner_evaluations": result.evaluations}
-        return self.unlearn(problem, guard=False)
+        facts = self.unlearn(problem, guard=False)
+        return {**facts, "inner_gradient": sub_optimality(self.model, problem)}
 
     def unlearn(self, problem: InnerProblem, *, guard: bool = True) -> dict[str, Any]:
         """Weighted unlearning from the model's present adapter by U2ATrainer."""
@@ -191,6 +193,7 @@ class Workspace:
             per_device_train_batch_size=u.batch_rows,
             retain_batch_size=u.retain_rows,
             batch_tokens=u.batch_tokens,
+            harmonise=u.harmonise,
             optim={"adamw": "adamw_torch", "sgd": "sgd"}[u.optimizer],
             weight_decay=0.0,
             max_grad_norm=0.0,

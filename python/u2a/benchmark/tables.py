@@ -9,7 +9,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from u2a.benchmark.task import SCALE, UTILITY
-from u2a.plots import STYLE, _png, plt
+from u2a.plots import STYLE, _png, looks, plt
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -182,7 +182,7 @@ def predicted_picture(rows: Rows) -> bytes:
     bars one standard deviation over seeds."""
     designs = list(dict.fromkeys(r["design"] for r in rows)) or ["single"]
     losses = list(dict.fromkeys(r["loss"] for r in rows)) or ["npo"]
-    names = list(dict.fromkeys(r["estimator"] for r in rows))
+    style = looks(list(dict.fromkeys(r["estimator"] for r in rows)))
     found = mean(rows, ("loss", "design", "estimator", "weight"), "rho")
     size = (4.2 * len(designs), 3.0 * len(losses))
     with plt.rc_context(STYLE):
@@ -191,12 +191,12 @@ def predicted_picture(rows: Rows) -> bytes:
         )
         for line, loss in zip(axes, losses, strict=True):
             for axis, design in zip(line, designs, strict=True):
-                for i, name in enumerate(names):
+                for name, look in style.items():
                     at = [w for lo, d, n, w in found if (lo, d, n) == (loss, design, name)]
                     over = [found[loss, design, name, w] for w in at]
                     axis.errorbar(
-                        at, list(map(fmean, over)), list(map(pstdev, over)), fmt="o-",
-                        color=f"C{i}", label=name, markersize=4, capsize=2, linewidth=1.2,
+                        at, list(map(fmean, over)), list(map(pstdev, over)), **look,
+                        label=name, markersize=4, capsize=2, linewidth=1.2,
                     )  # fmt: skip
                 axis.set(title=f"{loss}, {design}", xscale="log", ylim=(-0.25, 1.05))
                 axis.set_xticks(
@@ -217,18 +217,19 @@ def alignment_picture(rows: Rows) -> bytes:
     noise = max((r["noise"] for r in rows), default=0.0)
     shown = [r for r in rows if r["noise"] == noise]
     found = mean(shown, ("loss", "selector", "total"), "gain")
-    names = list(dict.fromkeys(r["selector"] for r in shown))
+    style = looks(list(dict.fromkeys(r["selector"] for r in shown)))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             1, len(losses), figsize=(4.2 * len(losses), 4), sharey=True, squeeze=False
         )
         for axis, loss in zip(axes[0], losses, strict=True):
-            for i, name in enumerate(names):
+            for name, look in style.items():
                 at = sorted({s for lo, n, s in found if (lo, n) == (loss, name)})
                 ours = name.startswith("u2a")
                 axis.plot(
-                    at, [fmean(found[loss, name, s]) for s in at], "o-" if ours else ".--",
-                    color=plt.cm.tab20(i), linewidth=2 if ours else 1, label=name,
+                    at, [fmean(found[loss, name, s]) for s in at],
+                    **look | {"linestyle": "-" if ours else "--"}, markersize=6 if ours else 4,
+                    linewidth=2 if ours else 1, label=name,
                 )  # fmt: skip
             axis.set(title=loss, xscale="log", xlabel="total weight")
         axes[0][0].set_ylabel("test J gained at equal utility")

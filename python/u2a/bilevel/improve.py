@@ -10,7 +10,14 @@ from torch import Tensor
 
 from u2a.adapter import snapshot
 from u2a.bilevel.loop import Loop
-from u2a.select import WeightSet, equal_weights, exponentiated_gradient, projected_ascent, topk
+from u2a.select import (
+    WeightSet,
+    equal_weights,
+    exponentiated_gradient,
+    l1_proximal,
+    projected_ascent,
+    topk,
+)
 
 
 def improve(loop: Loop) -> None:
@@ -22,8 +29,6 @@ def improve(loop: Loop) -> None:
             return
         scores, solution = loop.gains()
         gain = scores.gain.double()
-        if plan.penalty is not None:
-            gain = gain - plan.penalty.gradient(loop.weights)
         if not loop.settle(f"{plan.update} {k + 1}", _update(loop, gain, k), scores.gain, solution):
             return
 
@@ -32,15 +37,30 @@ def _update(loop: Loop, gain: Tensor, k: int) -> Tensor:
     plan, w = loop.plan, loop.weights
     eta = plan.eta / (k + 1) ** 0.5
     support, total = w > 0, float(w.sum())
+    new = torch.zeros_like(w)
+    if plan.update == "proximal":
+        assert plan.penalty is not None
+        step = eta * plan.share / _size(gain[support])
+        near = l1_proximal(w[support], gain[support], step, plan.penalty.alpha, plan.largest)
+        if near.any():
+            new[support] = (
+                WeightSet(plan.total_weight, plan.largest, exact=False).project(near).to(w)
+            )
+        return new
+    if plan.penalty is not None:
+        gain = gain - plan.penalty.gradient(w)
     centred = gain - gain[support].mean()
-    size = float(centred[support].abs().max().clamp_min(1e-30))
+    size = _size(centred[support])
     if plan.update == "mirror":
         return exponentiated_gradient(w, gain, eta / size, total, cap=plan.largest)
-    new = torch.zeros_like(w)
     into = WeightSet(total, max(plan.largest, total / int(support.sum())))
     step = eta * plan.share / size
     new[support] = projected_ascent(w[support], centred[support], step, into)
     return new
+
+
+def _size(gain: Tensor) -> float:
+    return float(gain.abs().max().clamp_min(1e-30))
 
 
 def official(loop: Loop) -> None:

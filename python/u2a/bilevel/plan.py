@@ -12,7 +12,7 @@ from u2a.interactions import Inverse
 from u2a.select import Penalty
 
 Growth = Literal["greedy", "pursuit", "quadratic", "topk", "official"]
-Update = Literal["mirror", "projected"]
+Update = Literal["mirror", "projected", "proximal"]
 Finished = Callable[[Any, list[Any]], Tensor]
 
 
@@ -33,7 +33,9 @@ class Plan:
         min_gain: candidates at or below it never join.
         rounds, update, eta: weight updates on the support after growth; "mirror": exponentiated
             gradient, eta the largest change of a log-weight; "projected": projected ascent, eta the
-            largest change as a share of the equal weight. Round k takes eta / sqrt(k).
+            largest change as a share of the equal weight; "proximal": the same ascent, but the
+            total may fall: an "l1" penalty is taken as its proximal step, which sets weights whose
+            gain is below alpha to 0. Round k takes eta / sqrt(k).
         cap: largest weight of one candidate (default 4 times the equal share).
         penalty: subtracted from J in the updates.
         tolerance: the loop ends when J has fallen by more than this since the last round; the
@@ -65,6 +67,8 @@ class Plan:
             raise ValueError(f"bilevel: growth must be one of {get_args(Growth)}: {self.growth!r}")
         if self.update not in get_args(Update):
             raise ValueError(f"bilevel: update must be one of {get_args(Update)}: {self.update!r}")
+        if self.update == "proximal" and (self.penalty is None or self.penalty.kind != "l1"):
+            raise ValueError(f"bilevel: update 'proximal' needs an l1 penalty, got {self.penalty}")
         if not 1 <= self.blocks <= self.budget:
             raise ValueError(f"bilevel: blocks must be in [1, {self.budget}], got {self.blocks}")
         if not self.max_retain_ratio > 1:

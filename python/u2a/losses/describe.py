@@ -30,7 +30,7 @@ PARTS = (
         "u2a.losses.steps.harmonise",
         "g_r - <g_r, g_f>/|g_f|^2 g_f + g_f - <g_f, g_r>/|g_r|^2 g_r if <g_r, g_f> < 0",
         "LTU, arXiv 2407.10494",
-        "",
+        "off; on by unlearn.harmonise",
     ),
     (
         "u2a.losses.steps.mixed, calibrate",

@@ -120,13 +120,39 @@ def _f64(value: float | list[float]) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Sampled answers.
+
+    Args:
+        lp: `[S]` summed log-probabilities under the policy, with graph.
+        target: `[S]` log P, -inf for a forbidden answer (`binary`, `rlhf`, `distributional`).
+        proposal: `[S]` log q of the model that sampled; None: the policy itself.
+        context: the prompt of each sample, any hashable; None: one context.
+        log_z: `[S]`, replaces the estimate of log Z.
+
+    Raises ValueError for shapes that differ.
+    """
+
+    lp: Tensor
+    target: Tensor
+    proposal: Tensor | None = None
+    context: Sequence[Hashable] | None = None
+    log_z: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.lp.ndim != 1 or self.target.shape != self.lp.shape:
+            got = f"{list(self.lp.shape)}, {list(self.target.shape)}"
+            raise ValueError(f"FDPG: lp and target must be [S], got {got}")
+
+
 @dataclass
 class FDPG:
     """A step's loss on answers sampled from the policy itself or from a proposal q.
 
     `divergence`: "js" (default), "forward_kl", "reverse_kl", "tv", "chi2_forward", "chi2_reverse".
     `window`: rewards in the moving baseline. Z is estimated per context from the samples seen so
-    far, the present ones included; `log_z` given to `loss` replaces the estimate.
+    far, the present ones included.
     """
 
     divergence: str = "js"
@@ -140,63 +166,31 @@ class FDPG:
         self.baseline = MovingAverage(self.window)
         self.normaliser = Normaliser(self.log_cap)
 
-    def loss(
-        self,
-        lp: Tensor,
-        target: Tensor,
-        proposal: Tensor | None = None,
-        context: Sequence[Hashable] | None = None,
-        *,
-        log_z: Tensor | None = None,
-    ) -> Tensor:
+    def loss(self, drawn: Samples) -> Tensor:
         """`[S]`, its mean is to be descended: sg(pi/q) (b - r) lp, r = -f'(pi/p).
-
-        Args:
-            lp: `[S]` summed log-probabilities under the policy, with graph.
-            target: `[S]` log P, -inf for a forbidden answer (`binary`, `rlhf`, `distributional`).
-            proposal: `[S]` log q of the model that sampled; None: the policy itself.
-            context: the prompt of each sample, any hashable; None: one context.
 
         The baseline is that of earlier calls, so it does not bias this one.
         """
-        log_t, ratio = self.ratios(lp, target, proposal, context, log_z)
+        log_t, ratio = self.ratios(drawn)
         reward = -DIVERGENCES[self.divergence].slope(log_t)
-        scaled = ratio * (self.baseline.mean - reward) * lp
+        scaled = ratio * (self.baseline.mean - reward) * drawn.lp
         self.baseline.values.extend(reward.double().tolist())
         return scaled
 
-    def estimate(
-        self,
-        lp: Tensor,
-        target: Tensor,
-        proposal: Tensor | None = None,
-        context: Sequence[Hashable] | None = None,
-        *,
-        log_z: Tensor | None = None,
-    ) -> Tensor:
+    def estimate(self, drawn: Samples) -> Tensor:
         """D_f(pi || p) estimated on the samples, a scalar; replaces the frozen proposal of offline
         sampling when lower for the policy than for the proposal. Learns Z, not the baseline."""
-        log_t, ratio = self.ratios(lp, target, proposal, context, log_z)
+        log_t, ratio = self.ratios(drawn)
         return (ratio * DIVERGENCES[self.divergence].ratio(log_t)).mean()
 
-    def ratios(
-        self,
-        lp: Tensor,
-        target: Tensor,
-        proposal: Tensor | None = None,
-        context: Sequence[Hashable] | None = None,
-        log_z: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def ratios(self, drawn: Samples) -> tuple[Tensor, Tensor]:
         """(log pi/p within the clip, pi/q), `[S]` without graph; learns Z."""
-        policy = lp.detach()
-        if lp.ndim != 1 or target.shape != lp.shape:
-            got = f"{list(lp.shape)}, {list(target.shape)}"
-            raise ValueError(f"FDPG: lp and target must be [S], got {got}")
-        q = policy if proposal is None else proposal.detach().to(policy)
-        keys = [None] * len(lp) if context is None else context
+        policy, target, log_z = drawn.lp.detach(), drawn.target.detach(), drawn.log_z
+        q = policy if drawn.proposal is None else drawn.proposal.detach().to(policy)
+        keys = [None] * len(policy) if drawn.context is None else drawn.context
         if log_z is None:
-            self.normaliser.update(target.detach() - q, keys)
+            self.normaliser.update(target - q, keys)
             log_z = self.normaliser.log_z(keys)
-        log_t = policy - target.detach() + log_z.to(policy)
+        log_t = policy - target + log_z.to(policy)
         log_t = torch.where(target == -torch.inf, CAP, log_t).clamp(-CAP, CAP)
         return log_t, (policy - q).exp()

@@ -106,19 +106,34 @@ def calibrate(utility: Callable[[float], float], tau: float, *, steps: int = 12)
     return low
 
 
-def pmpo(lp: Tensor, accepted: Tensor, kl: Tensor, alpha: float, beta: float) -> Tensor:
+def _weighted(values: Tensor, weights: Tensor | None, who: str) -> Tensor:
+    """sum w x, the mean where there are no weights."""
+    if weights is None:
+        return values.mean()
+    if weights.shape != values.shape:
+        raise ValueError(f"{who}: {list(weights.shape)} weights, wanted {list(values.shape)}")
+    return (weights.to(values) * values).sum()
+
+
+def pmpo(
+    lp: Tensor, accepted: Tensor, kl: Tensor, alpha: float, beta: float,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """PMPO's loss, a scalar: -alpha E_acc[lp] + (1 - alpha) E_rej[lp] + beta mean kl.
 
     `lp [B]` summed log-probabilities of sampled answers, `accepted [B]` bool, `kl` of
     KL(pi_ref || pi) on reference samples ("kl_retain" per token, or r - lp per answer). alpha 0
-    learns from rejected answers alone, stable if beta is large enough. Source: arXiv 2410.04166.
+    learns from rejected answers alone, stable if beta is large enough. `weights [B]` in place of
+    1 / (number of accepted answers) on those, and of rejected ones on these.
+    Source: arXiv 2410.04166.
     """
     if not (0 <= alpha <= 1 and beta >= 0):
         raise ValueError(f"pmpo: wanted alpha in [0, 1] and beta >= 0, got {alpha}, {beta}")
     good, bad = accepted.to(lp), (~accepted).to(lp)
-    up = (good * lp).sum() / good.sum().clamp_min(1)
-    down = (bad * lp).sum() / bad.sum().clamp_min(1)
-    return -alpha * up + (1 - alpha) * down + beta * kl.mean()
+    if weights is None:
+        weights = good / good.sum().clamp_min(1) + bad / bad.sum().clamp_min(1)
+    signed = ((1 - alpha) * bad - alpha * good) * lp
+    return _weighted(signed, weights, "pmpo") + beta * kl.mean()
 
 
 class Verdict(Enum):
@@ -160,10 +175,14 @@ def trace_loss(
     return total + alpha * kl.mean()
 
 
-def c3po(dpo: Tensor, unrelated: Tensor, near: Tensor, s1: float = 0.2, s2: float = 0.1) -> Tensor:
+def c3po(
+    dpo: Tensor, unrelated: Tensor, near: Tensor, s1: float = 0.2, s2: float = 0.1,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """DPO where feedback applies, and the original answers' NLL (or distillation) elsewhere.
 
     mean dpo `[P]` + s1 mean unrelated `[U]` + s2 mean near `[M]`: prompts out of scope, and nearly
-    in scope. Distillation is "kl_retain" with beta as temperature. Source: arXiv 2402.10893.
+    in scope. Distillation is "kl_retain" with beta as temperature. `weights [P]` of the pairs in
+    place of 1/P. Source: arXiv 2402.10893.
     """
-    return dpo.mean() + s1 * unrelated.mean() + s2 * near.mean()
+    return _weighted(dpo, weights, "c3po") + s1 * unrelated.mean() + s2 * near.mean()

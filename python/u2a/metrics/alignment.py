@@ -82,24 +82,43 @@ def _shares(op: str, found: Sequence[float], n: int) -> Tensor:
     return out
 
 
-def judged_win_rate(
+def verdicts(
     prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], compare: Compare
-) -> Interval:
-    """(wins + ties/2)/n with the Wilson interval, each pair judged in both orders.
+) -> Tensor:
+    """1 (ours is better), 0 (a tie) or -1 per prompt, `[n]` float64, each pair judged in both
+    orders.
 
     `compare(prompts, first, second)` returns 1 (first is better), -1 or 0 per prompt. A pair whose
     two verdicts differ is a tie, so that a judge with a favourite position decides nothing.
+    Raises ValueError for another number of answers or verdicts, and other verdicts.
     """
     if not len(prompts) == len(ours) == len(theirs):
-        raise ValueError(
-            f"judged_win_rate: {len(prompts)} prompts, {len(ours)} and {len(theirs)} answers"
-        )
+        raise ValueError(f"verdicts: {len(prompts)} prompts, {len(ours)} and {len(theirs)} answers")
     there, back = compare(prompts, ours, theirs), compare(prompts, theirs, ours)
     for found in (there, back):
         if len(found) != len(prompts) or any(v not in (-1, 0, 1) for v in found):
-            raise ValueError(f"judged_win_rate: wanted {len(prompts)} verdicts of -1, 0 or 1")
-    sure = [a if a == -b else 0 for a, b in zip(there, back, strict=True)]
-    return win_rate(sure.count(1), sure.count(0), len(prompts))
+            raise ValueError(f"verdicts: wanted {len(prompts)} verdicts of -1, 0 or 1")
+    sure = [float(a) if a == -b else 0.0 for a, b in zip(there, back, strict=True)]
+    return torch.tensor(sure, dtype=torch.float64)
+
+
+def wins(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The same by the rewards of both answers `[n]`; equal ones tie."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"wins: {list(ours.shape)} rewards against {list(theirs.shape)}")
+    return (ours.double() - theirs.double()).sign()
+
+
+def rate(verdict: Tensor) -> Interval:
+    """(wins + ties/2)/n of verdicts `[n]`, with the 95 % Wilson interval."""
+    return win_rate(int((verdict > 0).sum()), int((verdict == 0).sum()), len(verdict))
+
+
+def judged_win_rate(
+    prompts: Sequence[str], ours: Sequence[str], theirs: Sequence[str], compare: Compare
+) -> Interval:
+    """`rate` of `verdicts`."""
+    return rate(verdicts(prompts, ours, theirs, compare))
 
 
 def distinct_n(texts: Sequence[str], n: int, *, pooled: bool = True) -> float:

@@ -33,7 +33,6 @@ def named(option: str, text: str | None) -> Any:
     return found
 
 
-def judges(reward: str | None, judge: str | None, classifier: str | None) -> Judges:
-    return Judges(
-        named("--reward", reward), named("--judge", judge), named("--classifier", classifier)
-    )
+def judges(**given: str | None) -> Judges:
+    """By the names of the fields, which are those of the options."""
+    return Judges(**{field: named(f"--{field}", text) for field, text in given.items()})

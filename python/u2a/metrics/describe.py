@@ -29,8 +29,8 @@ UNLEARNING = (
            "retain high, forget low", "u2a.metrics.answers.rouge_l",
            "pa, forget, retain, tofu (recall), muse (f1)", "Lin 2004"),
     Metric("truth ratio", "TR = p_wrong / p_paraphrase; mean of p_wrong geometric (public code) or "
-           "arithmetic (paper)", "low: the truth is preferred", "u2a.metrics.tofu.truth_ratio",
-           "tofu", TOFU),
+           "arithmetic (paper; names end in _arithmetic, as do utility and quality made of it)",
+           "low: the truth is preferred", "u2a.metrics.tofu.truth_ratio", "tofu", TOFU),
     Metric("forget truth ratio", "mean min(TR, 1/TR)", "high",
            "u2a.metrics.tofu.closer_to_one", "tofu", TOFU),
     Metric("retain truth ratio", "mean max(0, 1 - TR)", "high",
@@ -78,8 +78,9 @@ ALIGNMENT = (
            "high", "u2a.evaluate.preference", "pa", ""),
     Metric("reward", "mean r(x, y) of the model's sampled answers, r with TRL's signature", "high",
            "u2a.metrics.alignment.mean_reward", "pa, with --reward", ""),
-    Metric("win rate", "(wins + ties/2) / n, Wilson interval; each pair judged in both orders",
-           "high", "u2a.metrics.alignment.judged_win_rate", "library", ""),
+    Metric("win rate", "(wins + ties/2) / n, 95 % Wilson interval, of sampled answers over the "
+           "base model's and over the chosen ones; a judge asked in both orders, or the reward",
+           "high", "u2a.metrics.alignment.judged_win_rate", "pa, with --compare or --reward", ""),
     Metric("attack success", "share of harmful prompts answered: no refusal phrase, or a judge",
            "low", "u2a.metrics.alignment.attack_success", "forget (--judge)", "arXiv 2307.15043"),
     Metric("over-refusal", "share of benign prompts refused", "low",
@@ -91,6 +92,10 @@ ALIGNMENT = (
     Metric("cleanness", "mean P(sound text) by a classifier of gibberish", "high",
            "u2a.metrics.alignment.cleanness", "forget, retain, with --classifier",
            "AltPO, arXiv 2409.13474"),
+    Metric("cleanness indistinguishability", "p-value of the KS test between P(sound) of the "
+           "unlearned and of a retrained model's answers", "high",
+           "u2a.metrics.estimate.same_distribution",
+           "forget, with --classifier and --retain-model", "AltPO, arXiv 2409.13474"),
 )  # fmt: skip
 GROUPS = {
     "Unlearning": UNLEARNING,

@@ -1,4 +1,4 @@
-"""A mean over rows with its standard error."""
+"""A mean over rows with its standard error; whether two samples are alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 
@@ -30,3 +31,8 @@ def mean(values: Tensor | Sequence[float]) -> Estimate:
         raise ValueError(f"mean: value {at} of {len(x)} is {float(x[at])}, wanted finite ones")
     error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
     return Estimate(float(x.mean()), error, len(x))
+
+
+def same_distribution(a: Tensor, b: Tensor) -> float:
+    """p-value of the two-sample Kolmogorov-Smirnov test, `[R]` against `[S]`."""
+    return float(stats.ks_2samp(a.double().numpy(), b.double().numpy()).pvalue)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from u2a.adapter import adapter_disabled
 from u2a.config import Config
@@ -20,22 +18,12 @@ from u2a.metrics.inputs import Inputs, chosen_suites, read_inputs
 from u2a.metrics.suites import membership, preference, retrained, rows, tofu
 from u2a.metrics.suites.muse import muse_suite
 from u2a.metrics.suites.subject import Entries, Findings, Judges, Subject
-from u2a.metrics.tofu import forget_quality
 from u2a.objectives import PairSet
 from u2a.run import content_settings, stamp
 from u2a.rundir import RunDir, file_hash
 from u2a.workspace import Workspace, model_digest
 
 Tasks = dict[str, dict[str, Estimate]]
-
-
-@dataclass
-class Retrained:
-    """Numbers of the model trained without the forget set, by the suite that wants them."""
-
-    ratios: Tensor | None = None
-    min_k: dict[str, float] = field(default_factory=dict)
-    losses: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def evaluate(
@@ -65,10 +53,12 @@ def evaluate(
         work = Workspace(cfg, folder.path)
         found = _adapter(cfg, folder, adapter)
         inputs = read_inputs(work, chosen)
-        reference = _retrained(work, inputs, retain_model)
-        absent = inputs.absent(reference.ratios is not None, reference.min_k, reference.losses)
+        asked = judges or Judges()
+        with _asking(asked):
+            reference = retrained.Retrained.of(work, inputs, retain_model, asked)
+        absent = inputs.absent(reference.ratios, reference.min_k, reference.losses)
         work.load_adapter(found)
-        job = _Job(work, inputs, reference, judges or Judges(), show)
+        job = _Job(work, inputs, reference, asked, show)
         tasks = dict(job.models())
         _write(folder, job, tasks, {
             "model": cfg.model.name,
@@ -78,6 +68,7 @@ def evaluate(
             "retain_model": retain_model,
             "suites": chosen,
             "seed": cfg.run.seed,
+            "functions": job.judges.names(),
             "generate": cfg.eval.generate,
             "max_new_tokens": cfg.eval.max_new_tokens,
         }, absent)  # fmt: skip
@@ -99,28 +90,15 @@ def _adapter(cfg: Config, folder: RunDir, given: Path | None) -> Path:
     return folder.file("adapter")
 
 
-def _retrained(work: Workspace, inputs: Inputs, name: str | None) -> Retrained:
-    out = Retrained()
-    if name is None:
-        return out
-    if name.endswith(".json"):
-        logs = retrained.Logs(Path(name))
-        if inputs.tofu:
-            out.ratios = logs.truth_ratios()
-        if "tofu" in inputs.members():
-            out.min_k["tofu"] = logs.min_k_auc()
-        return out
-    model = retrained.load_model(name, work.cfg)
-    subject = Subject("retrained", model, work.tokenizer, work.cfg)
-    if inputs.tofu:
-        out.ratios = tofu.truth_ratios(subject, inputs.tofu["forget"])
-    for key, members in inputs.members().items():
-        out.min_k[key] = membership.min_k_auc(subject, members, inputs.holdout)
-        out.losses[key] = (
-            membership.mean_losses(subject, members),
-            membership.mean_losses(subject, inputs.holdout),
-        )
-    return out
+@contextmanager
+def _asking(judges: Judges) -> Iterator[None]:
+    """What is wrong with the answer of a function of the user is a fault of the data."""
+    try:
+        yield
+    except ValueError as e:
+        if not judges.names():
+            raise
+        raise DataError(f"eval: {e}; asked were {judges.names()}") from e
 
 
 @dataclass
@@ -129,11 +107,12 @@ class _Job:
 
     work: Workspace
     inputs: Inputs
-    retrained: Retrained
+    retrained: retrained.Retrained
     judges: Judges
     show: bool
     samples: list[dict[str, Any]] = field(default_factory=list)
     entries: dict[str, Entries] = field(default_factory=dict)
+    answers: preference.Answers | None = None
 
     def models(self) -> Iterator[tuple[str, Tasks]]:
         model, data = self.work.model, self.inputs.data
@@ -151,13 +130,8 @@ class _Job:
     def tasks(self, subject: Subject, held: PairSet | None) -> Tasks:
         inputs, suites = self.inputs, self.inputs.suites
         found: list[Findings] = []
-        if held is not None:
-            found.append(preference.preference_suite(subject, held))
-            if subject.cfg.eval.generate:
-                found.append(preference.answer_suite(subject, held.pairs))
-        for name, data in (("forget", inputs.data.forget), ("retain", inputs.data.retain_test)):
-            if name in suites:
-                found.append(rows.row_suite(subject, name, data))
+        with _asking(self.judges):
+            found += self.asked(subject, held)
         entries: dict[str, Entries] = {}
         if "tofu" in suites:
             entries["tofu"] = tofu.tofu_suite(subject, inputs.tofu)
@@ -170,16 +144,29 @@ class _Job:
             for suite in ("tofu",) if key == "tofu" else ("muse",):
                 if suite in entries:
                     entries[suite] |= attacks
-        if "tofu" in entries and self.retrained.ratios is not None:
-            ours = tofu.truth_ratios(subject, inputs.tofu["forget"])
-            p = forget_quality(ours, self.retrained.ratios)
-            entries["tofu"]["forget_quality"] = tofu.entry(p)
+        if "tofu" in entries:
+            entries["tofu"] |= tofu.qualities(entries["tofu"], self.retrained.ratios)
         self.samples += results.sample_lines(subject.name, found)
         if subject.name == "unlearned":
             self.entries = entries
         return {f.task: f.values for f in found} | {
             suite: results.of_entries(e) for suite, e in entries.items()
         }
+
+    def asked(self, subject: Subject, held: PairSet | None) -> list[Findings]:
+        """The suites that ask the functions of the user."""
+        inputs, found = self.inputs, list[Findings]()
+        if held is not None:
+            found.append(preference.preference_suite(subject, held))
+            if subject.cfg.eval.generate:
+                facts, ours = preference.answer_suite(subject, held.pairs, self.answers)
+                self.answers = ours  # the base model comes first
+                found.append(facts)
+        for name, data in (("forget", inputs.data.forget), ("retain", inputs.data.retain_test)):
+            if name in inputs.suites:
+                sound = self.retrained.sound if name == "forget" else None
+                found.append(rows.row_suite(subject, name, data, sound))
+        return found
 
     def membership(self, subject: Subject, key: str, members: Any) -> tuple[Findings, Entries]:
         facts, scores = membership.membership_suite(

@@ -11,7 +11,7 @@ from u2a.config import Config, SourceConfig
 from u2a.data import Prepared, load_rows
 from u2a.errors import ConfigError, DataError
 from u2a.metrics.suites.questions import Question, load_questions
-from u2a.metrics.suites.tofu import PARAPHRASED, PREFIX
+from u2a.metrics.suites.tofu import MEANS, PARAPHRASED, PREFIX
 
 if TYPE_CHECKING:
     from u2a.workspace import Workspace
@@ -82,9 +82,11 @@ class Inputs:
             out["tofu"] = [q.right for q in self.tofu["forget"]]
         return out
 
-    def absent(self, ratios: bool, min_k: Container[str], losses: Container[str]) -> dict[str, str]:
-        """What cannot be measured, and what it wants. Known of a retrained model: truth `ratios`,
-        and for which `members` its `min_k` AUC and `losses`."""
+    def absent(
+        self, ratios: Container[str], min_k: Container[str], losses: Container[str]
+    ) -> dict[str, str]:
+        """What cannot be measured, and what it wants. Known of a retrained model: truth `ratios` by
+        `MEANS`, and for which `members` its `min_k` AUC and `losses`."""
         out = {}
         if not self.holdout and {"tofu", "muse"} & set(self.suites):
             out["mia, privleak"] = "wants eval.holdout, rows never trained on"
@@ -94,8 +96,9 @@ class Inputs:
             ]
             if lacks:
                 out[f"{key}: {', '.join(lacks)}"] = "wants --retain-model MODEL"
-        if "tofu" in self.suites and not ratios:
-            out["forget_quality"] = "wants --retain-model"
+        for suffix in MEANS if "tofu" in self.suites else ():
+            if suffix not in ratios:
+                out[f"forget_quality{suffix}"] = "wants --retain-model, a model or logs with losses"
         lacks = [f"eval.tofu.{n}" for n in PREFIX if n not in self.tofu]
         if "tofu" in self.suites and lacks:
             out["model_utility"] = f"wants {', '.join(lacks)}"

@@ -15,17 +15,23 @@ KEPT = {
     "extraction_strength": True, "rougeL_recall": True, "rougeL_f1": True, "over_refusal": False,
     "cleanness": True,
 }  # fmt: skip
-FORGOTTEN = {k: not v for k, v in KEPT.items()} | {"attack_success": False, "cleanness": True}
+FORGOTTEN = {k: not v for k, v in KEPT.items()} | {
+    "attack_success": False,
+    "cleanness": True,
+    "cleanness_indistinguishability": True,
+}
 HIGHER_IS_BETTER: dict[str, dict[str, bool]] = {
     "forget": FORGOTTEN,
     "retain": KEPT,
     "preference": dict.fromkeys(("objective", "margin", "margin_accuracy", "order_accuracy"), True),
     "answers": {
         "rougeL_recall": True, "rougeL_f1": True, "distinct_1": True, "distinct_2": True,
-        "kl_to_reference": False, "reward": True,
+        "kl_to_reference": False, "reward": True, "win_rate": True, "win_rate_chosen": True,
     },
     "tofu": {
         "forget_quality": True, "model_utility": True, "forget_truth_ratio": True,
+        "forget_quality_arithmetic": True, "model_utility_arithmetic": True,
+        "forget_truth_ratio_arithmetic": True,
         "forget_Q_A_Prob": False, "forget_Q_A_ROUGE": False, "extraction_strength": False,
         "exact_memorization": False,
     },

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from u2a.metrics.answers import _options
+from u2a.metrics.estimate import same_distribution
 
 Mean = Literal["geometric", "arithmetic"]
 UTILITY = tuple(
@@ -70,8 +70,7 @@ def forget_quality(unlearned: Tensor, retrained: Tensor) -> float:
     for name, x in (("unlearned", unlearned), ("retrained", retrained)):
         if x.ndim != 1 or not len(x) or not bool(x.isfinite().all()):
             raise ValueError(f"forget_quality: {name} must be [R >= 1] finite ratios")
-    found = stats.ks_2samp(unlearned.double().numpy(), retrained.double().numpy())
-    return float(found.pvalue)
+    return same_distribution(unlearned, retrained)
 
 
 def model_utility(values: Mapping[str, float]) -> float:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from u2a.batch import Pair, Row
 from u2a.evaluate import preference
@@ -29,10 +32,49 @@ def preference_suite(subject: Subject, held: PairSet) -> Findings:
     return out
 
 
-def answer_suite(subject: Subject, pairs: Sequence[Pair]) -> Findings:
-    """Greedy answers against the chosen ones, and sampled ones: KL to the reference, reward."""
+@dataclass(frozen=True)
+class Answers:
+    """To the same prompts: texts, and rewards `[n]` where there is a reward function."""
+
+    texts: list[str]
+    reward: Tensor | None
+
+    @classmethod
+    def of(cls, subject: Subject, rows: Sequence[Row]) -> Answers:
+        reward, tokenizer = subject.judges.reward, subject.tokenizer
+        found = None if reward is None else rewards(rows, tokenizer, reward)
+        return cls(generation.wanted(tokenizer, rows), found)
+
+
+def answer_suite(
+    subject: Subject, pairs: Sequence[Pair], base: Answers | None = None
+) -> tuple[Findings, Answers]:
+    """Greedy answers against the chosen ones, and drawn ones: KL to the reference, reward, how
+    often they win over those of the `base` model and over the chosen ones."""
     rows = _prompts(pairs)[: subject.cfg.eval.generate]
     out = Findings("answers", rows)
+    _greedy(subject, out, rows)
+    cfg = subject.cfg
+    how = Sampling(max_new_tokens=cfg.eval.max_new_tokens, seed=cfg.run.seed)
+    drawn = sampled_rows(subject.model, subject.tokenizer, rows, how, how.seed)
+    kept = [r for r in drawn if r.answer_ids]
+    if subject.name == "unlearned" and kept:
+        out.values["kl_to_reference"] = alignment.kl_to_reference(
+            subject.model, kept, subject.batch_tokens
+        )
+    ours = Answers.of(subject, drawn)
+    if ours.reward is not None:
+        out.per_row("reward", ours.reward)
+    for name, theirs in (("win_rate", base), ("win_rate_chosen", Answers.of(subject, rows))):
+        found = None if theirs is None else _verdict(subject, rows, ours, theirs)
+        if found is not None:
+            out.wins(name, found)
+    if subject.show:
+        out.texts("drawn", ours.texts)
+    return out, ours
+
+
+def _greedy(subject: Subject, out: Findings, rows: Sequence[Row]) -> None:
     said = subject.written(rows)
     like = rouge_l(generation.wanted(subject.tokenizer, rows), said)
     out.per_row("rougeL_recall", like.recall)
@@ -43,17 +85,19 @@ def answer_suite(subject: Subject, pairs: Sequence[Pair]) -> Findings:
             out.single(f"distinct_{n}", alignment.distinct_n(said, n))
     if subject.show:
         out.texts("generation", said)
-    cfg = subject.cfg
-    how = Sampling(max_new_tokens=cfg.eval.max_new_tokens, seed=cfg.run.seed)
-    drawn = sampled_rows(subject.model, subject.tokenizer, rows, how, how.seed)
-    kept = [r for r in drawn if r.answer_ids]
-    if subject.name == "unlearned" and kept:
-        out.values["kl_to_reference"] = alignment.kl_to_reference(
-            subject.model, kept, subject.batch_tokens
-        )
-    if subject.judges.reward is not None:
-        out.per_row("reward", rewards(drawn, subject.tokenizer, subject.judges.reward))
-    return out
+
+
+def _verdict(
+    subject: Subject, rows: Sequence[Row], ours: Answers, theirs: Answers
+) -> Tensor | None:
+    """By the judge of two answers, else by the reward, else None."""
+    compare = subject.judges.compare
+    if compare is not None:
+        asked = generation.prompts(subject.tokenizer, rows)
+        return alignment.verdicts(asked, ours.texts, theirs.texts, compare)
+    if ours.reward is None or theirs.reward is None:
+        return None
+    return alignment.wins(ours.reward, theirs.reward)
 
 
 def _prompts(pairs: Sequence[Pair]) -> list[Row]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from u2a.batch import Row
 from u2a.metrics import alignment, generation
 from u2a.metrics.answers import probability, rouge_l
+from u2a.metrics.estimate import same_distribution
 from u2a.metrics.memorisation import exact_memorisation, extraction_strength
 from u2a.metrics.suites.subject import Findings, Subject, pooled_perplexity, summed
 
 
-def row_suite(subject: Subject, task: str, rows: Sequence[Row]) -> Findings:
+def row_suite(
+    subject: Subject, task: str, rows: Sequence[Row], sound: Tensor | None = None
+) -> Findings:
     """Perplexity, probability, memorisation and, where answers are generated, ROUGE-L and
-    refusals: on "forget" those who got an answer (attack_success), else over_refusal."""
+    refusals: on "forget" those who got an answer (attack_success), else over_refusal. `sound`:
+    P(sound) of a retrained model's answers to the same rows, for cleanness_indistinguishability."""
     out = Findings(task, rows)
     tokens = subject.tokens(rows)
     nll = summed(tokens)
@@ -25,11 +31,11 @@ def row_suite(subject: Subject, task: str, rows: Sequence[Row]) -> Findings:
     out.per_row("extraction_strength", extraction_strength(known.hit, known.count))
     asked = rows[: subject.cfg.eval.generate]
     if asked:
-        _generated(subject, out, asked)
+        _generated(subject, out, asked, sound)
     return out
 
 
-def _generated(subject: Subject, out: Findings, rows: Sequence[Row]) -> None:
+def _generated(subject: Subject, out: Findings, rows: Sequence[Row], sound: Tensor | None) -> None:
     wanted = generation.wanted(subject.tokenizer, rows)
     said = subject.written(rows)
     like = rouge_l(wanted, said)
@@ -42,6 +48,9 @@ def _generated(subject: Subject, out: Findings, rows: Sequence[Row]) -> None:
     else:
         out.per_row("over_refusal", alignment.refused(said).double())
     if subject.judges.classifier is not None:
-        out.per_row("cleanness", alignment.clean(said, subject.judges.classifier))
+        ours = alignment.clean(said, subject.judges.classifier)
+        out.per_row("cleanness", ours)
+        if sound is not None:
+            out.single("cleanness_indistinguishability", same_distribution(ours, sound), len(ours))
     if subject.show:
         out.texts("generation", said)

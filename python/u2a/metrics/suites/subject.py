@@ -15,7 +15,7 @@ from u2a.config import Config
 from u2a.errors import GuardError
 from u2a.evaluate import token_nll
 from u2a.metrics import generation
-from u2a.metrics.alignment import Classifier, Judge
+from u2a.metrics.alignment import Classifier, Compare, Judge, rate
 from u2a.metrics.estimate import Estimate, mean
 from u2a.metrics.tokens import AnswerTokens, answer_tokens, without_end
 from u2a.rewards import RewardFn
@@ -43,6 +43,13 @@ class Findings:
         """A metric of the whole set."""
         self.values[name] = Estimate(value, math.nan, len(self.rows) if n is None else n)
 
+    def wins(self, name: str, verdict: Tensor) -> None:
+        """Win rate of verdicts 1, 0, -1, with the ends of its Wilson interval."""
+        self.per_row(name, (1 + verdict) / 2)
+        found = rate(verdict)
+        self.single(f"{name}_low", found.low, len(verdict))
+        self.single(f"{name}_high", found.high, len(verdict))
+
     def texts(self, name: str, texts: Sequence[str]) -> None:
         for sample, text in zip(self.samples, texts, strict=False):
             sample[name] = text
@@ -50,12 +57,22 @@ class Findings:
 
 @dataclass(frozen=True)
 class Judges:
-    """Functions of the user: a TRL reward; (prompts, answers) -> harm in [0, 1]; texts -> P(sound).
-    None: what needs it is not measured (attacks: told by refusal words)."""
+    """Functions of the user: a TRL reward; (prompts, answers) -> harm in [0, 1]; texts -> P(sound);
+    (prompts, first, second) -> 1 where the first answer is better, -1 or 0. None: what needs it is
+    not measured (attacks: told by refusal words; wins: by the reward)."""
 
     reward: RewardFn | None = None
     judge: Judge | None = None
     classifier: Classifier | None = None
+    compare: Compare | None = None
+
+    def names(self) -> dict[str, str]:
+        """What was asked, for the record."""
+        given = {k: v for k, v in vars(self).items() if v is not None}
+        return {
+            k: f"{v.__module__}:{getattr(v, '__qualname__', type(v).__qualname__)}"
+            for k, v in given.items()
+        }
 
 
 @dataclass

@@ -18,6 +18,8 @@ from u2a.metrics.suites.subject import Entries, Subject
 
 PREFIX = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 PARAPHRASED = ("forget", "retain")
+MEANS: dict[str, tofu.Mean] = {"": "geometric", "_arithmetic": "arithmetic"}
+"""Of the wrong answers' probabilities in the truth ratio, by the ending of the metric's name."""
 
 
 def entry(value: float, *, by_index: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -45,8 +47,10 @@ def tofu_suite(subject: Subject, sets: Mapping[str, Sequence[Question]]) -> Entr
         out |= scores("exact_memorization", exact_memorisation(known.hit, known.count))
         out |= scores("extraction_strength", extraction_strength(known.hit, known.count))
     if set(tofu.UTILITY) <= set(out):
-        nine = {name: float(out[name]["agg_value"]) for name in tofu.UTILITY}
-        out["model_utility"] = entry(tofu.model_utility(nine))
+        for suffix in MEANS:
+            of = {n: n + suffix if n.endswith("Truth_Ratio") else n for n in tofu.UTILITY}
+            nine = {name: float(out[key]["agg_value"]) for name, key in of.items()}
+            out[f"model_utility{suffix}"] = entry(tofu.model_utility(nine))
     return out
 
 
@@ -70,18 +74,46 @@ def _one_set(subject: Subject, name: str, questions: Sequence[Question]) -> Entr
         share = probability_with_options(prob, wrong)
         by_index = [{"prob": p} for p in share.tolist()]
         out[f"{short}_Q_A_Prob_normalised"] = entry(mean(share).value, by_index=by_index)
-    ratio = tofu.log_truth_ratio(-right_loss, [-x for x in losses])
-    if name == "forget":
-        return out | scores("forget_truth_ratio", ratio.exp(), tofu.closer_to_one(ratio))
-    return out | scores(f"{short}_Truth_Ratio", ratio.exp(), tofu.truth_preferred(ratio))
+    for suffix, ratio in _log_ratios(right_loss, losses).items():
+        if name == "forget":
+            found = f"forget_truth_ratio{suffix}", ratio.exp(), tofu.closer_to_one(ratio)
+        else:
+            found = f"{short}_Truth_Ratio{suffix}", ratio.exp(), tofu.truth_preferred(ratio)
+        out |= scores(*found)
+    return out
 
 
-def truth_ratios(subject: Subject, questions: Sequence[Question]) -> Tensor:
-    """log TR `[R]` on the forget set, all that forget quality needs of the retrained model."""
+def _log_ratios(right: Tensor, wrong: Sequence[Tensor]) -> dict[str, Tensor]:
+    """log TR `[R]` by `MEANS`, of NLL/|y|."""
+    return {
+        suffix: tofu.log_truth_ratio(-right, [-x for x in wrong], mean)
+        for suffix, mean in MEANS.items()
+    }
+
+
+def truth_ratios(subject: Subject, questions: Sequence[Question]) -> dict[str, Tensor]:
+    """log TR `[R]` on the forget set by `MEANS`, all that forget quality needs of the retrained
+    model."""
     sizes = [len(q.wrong) for q in questions]
     _, wrong = _probability(subject, [w for q in questions for w in q.wrong])
     _, right = _probability(subject, [q.paraphrase for q in questions if q.paraphrase is not None])
-    return tofu.log_truth_ratio(-right, [-x for x in wrong.split(sizes)])
+    return _log_ratios(right, wrong.split(sizes))
+
+
+def qualities(entries: Entries, retrained: Mapping[str, Tensor]) -> Entries:
+    """Forget quality by every mean whose ratios are known of the retrained model; `entries` are
+    this model's, in whose losses its ratios are."""
+    right, wrong = (
+        entries[f"forget_Q_A_{kind}_Prob"]["value_by_index"].values() for kind in ("PARA", "PERT")
+    )
+    ours = _log_ratios(
+        torch.tensor([x["avg_loss"] for x in right], dtype=torch.float64),
+        [torch.tensor(x["avg_loss"], dtype=torch.float64) for x in wrong],
+    )
+    return {
+        f"forget_quality{suffix}": entry(tofu.forget_quality(ours[suffix], theirs))
+        for suffix, theirs in retrained.items()
+    }
 
 
 def _probability(subject: Subject, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
