@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -13,7 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e8ee"
-PALETTE = ("#0b6e99", "#d1495b", "#e08e0b", "#5b8c5a", "#7a5195", "#8d99ae")
+PALETTE = (
+    "#0b6e99", "#d1495b", "#e08e0b", "#5b8c5a", "#7a5195", "#8d99ae", "#17becf", "#e377c2",
+    "#8c564b", "#bcbd22", "#1f2933", "#f4a6a6", "#9ecae1", "#c5b0d5", "#c49c94", "#98df8a",
+)  # fmt: skip
 AGAIN = ", re-linearised"
 MARKS = "osD^v"
 STYLE: Any = {
@@ -98,7 +102,7 @@ def _curves(axis: Any, validation: Mapping[str, Any]) -> None:
     weights = validation["weights"]
     order = sorted(range(len(weights)), key=lambda i: weights[i])
     x = [weights[i] for i in order]
-    for (solver, rho), colour in zip(validation["spearman"].items(), PALETTE, strict=False):
+    for (solver, rho), colour in zip(validation["spearman"].items(), cycle(PALETTE)):
         band = validation["interval"][solver]
         axis.plot(x, [rho[i] for i in order], marker="o", ms=4, color=colour, label=solver)
         axis.fill_between(
@@ -150,7 +154,7 @@ def class_weights(shares: Mapping[str, Mapping[str, float]]) -> bytes:
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.2, 0.75 * len(classes) + 1.6))
         height = 0.8 / len(shares)
-        for k, ((name, share), colour) in enumerate(zip(shares.items(), PALETTE, strict=False)):
+        for k, ((name, share), colour) in enumerate(zip(shares.items(), cycle(PALETTE))):
             y = [i + (k - (len(shares) - 1) / 2) * height for i in range(len(classes))]
             axis.barh(
                 y, [share.get(c, 0.0) for c in classes], height * 0.9, color=colour, label=name
