@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from _measure import copy_gb_s, double_backward, interleaved, peak_mb
+from _measure import double_backward, interleaved
+from _rowwise import CALLS, benchmarked, line
 
 import u2a_kernels  # noqa: F401  (registers the ops)
 from u2a_kernels.ops.dual_glu import reference
@@ -70,12 +71,7 @@ def gigabytes(form, call, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_dual_activations(benchmark, form, dtype, call):
-    calls = calls_of(form, dtype)
-    benchmark.extra_info["peak_mb"] = round(peak_mb(calls[call]), 1)
-    benchmark.pedantic(calls[call], rounds=9, warmup_rounds=1)
-    rate = gigabytes(form, call, dtype) / benchmark.stats["median"]
-    benchmark.extra_info["gb_s"] = round(rate, 1)
-    benchmark.extra_info["of_copy"] = round(rate / copy_gb_s(), 2)
+    benchmarked(benchmark, calls_of(form, dtype)[call], gigabytes(form, call, dtype))
 
 
 def table(rounds=7):
@@ -83,15 +79,8 @@ def table(rounds=7):
     for dtype in DTYPES:
         for form in FORMS:
             times = interleaved(calls_of(form, dtype), rounds)
-            cells = []
-            for call in ("forward", "backward", "both"):
-                other = "double" if call == "both" else f"eager {call}"
-                share = gigabytes(form, call, dtype) / times[call] / copy_gb_s()
-                cells.append(
-                    f"{call} {1e3 * times[call]:.1f} ms, {share:.2f} of copy, "
-                    f"{other} {times[other] / times[call]:.1f}x"
-                )
-            print(f"{form:14s} {str(dtype).removeprefix('torch.'):9s}", "; ".join(cells))
+            told = line(times, {call: gigabytes(form, call, dtype) for call in CALLS})
+            print(f"{form:14s} {str(dtype).removeprefix('torch.'):9s}", told, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `over_sdpa` is time over that of SDPA's forward and backward (forward for jvp). Products of blocks,
 2 T S D operations each, halved under a causal mask: SDPA 2 forward and 5 backward; jvp 6; ggn
-6 + 5; hvp 6 + 15, so on equal footing 1.57 and 3 times SDPA, and jvp 3 times its forward.
+6 + 5; hvp 6 + 15, so on equal footing 1.57 and 3 times SDPA, and jvp 3 times its forward. `gflop_s`
+counts these, not what a kernel does again (`paper_dual.py` has both).
 `python benchmarks/bench_dual_attention.py [threads]` prints interleaved medians.
 """
 
@@ -22,7 +23,7 @@ SHAPES = (  # B, H, Hkv, T, D
     if DEVICE == "cuda"
     else [(64, 4, 4, 16, 32), (8, 4, 4, 128, 64), (2, 8, 8, 512, 64), (2, 8, 8, 1024, 64)]
 )
-PRODUCTS = dict(hvp=21, ggn=11, jvp=6)
+PRODUCTS = {"hvp": 21, "ggn": 11, "jvp": 6, "hvp backward": 15, "ggn backward": 5}
 
 
 def make(b, h, h_kv, t, d):
@@ -30,25 +31,35 @@ def make(b, h, h_kv, t, d):
     return [x.requires_grad_() for x in (q, k, v)], torch.randn_like(q)
 
 
-def dual(leaves, grad, mode):
+def called(attention, leaves, grad, mode):
+    """The call that is timed: forward alone (jvp), backward alone, or both."""
+    if mode.endswith("backward"):
+        out = attention()
+        return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
     def call():
         with torch.set_grad_enabled(mode != "jvp"):
-            out = u2a_kernels.dual_attention(*leaves, mode=mode)
+            out = attention()
         return out if mode == "jvp" else torch.autograd.grad(out, leaves, grad)
 
     return call
+
+
+def dual(leaves, grad, mode):
+    def attention():
+        return u2a_kernels.dual_attention(*leaves, mode=mode.split()[0])
+
+    return called(attention, leaves, grad, mode)
 
 
 def sdpa(leaves, grad, mode):
     half = len(grad) // 2
     primal = [x.detach()[:half].requires_grad_() for x in leaves]
 
-    def call():
-        with torch.set_grad_enabled(mode != "jvp"):
-            out = F.scaled_dot_product_attention(*primal, is_causal=True, enable_gqa=True)
-        return out if mode == "jvp" else torch.autograd.grad(out, primal, grad[:half])
+    def attention():
+        return F.scaled_dot_product_attention(*primal, is_causal=True, enable_gqa=True)
 
-    return call
+    return called(attention, primal, grad[:half], mode)
 
 
 def operations(shape, mode):

@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from _measure import copy_gb_s, double_backward, interleaved, peak_mb
+from _measure import double_backward, interleaved
+from _rowwise import CALLS, benchmarked, line
 
 from u2a_kernels._library import owner
 from u2a_kernels.ops import dual_layer_norm, dual_rms_norm, dual_softmax
@@ -94,11 +95,7 @@ def test_dual_norms(benchmark, form, dtype, call):
     calls = calls_of(form, dtype)
     if call not in calls:
         pytest.skip("the compiled CUDA library does not serve this op")
-    benchmark.extra_info["peak_mb"] = round(peak_mb(calls[call]), 1)
-    benchmark.pedantic(calls[call], rounds=9, warmup_rounds=1)
-    rate = gigabytes(form, call, dtype) / benchmark.stats["median"]
-    benchmark.extra_info["gb_s"] = round(rate, 1)
-    benchmark.extra_info["of_copy"] = round(rate / copy_gb_s(), 2)
+    benchmarked(benchmark, calls[call], gigabytes(form, call, dtype))
 
 
 def table(rounds=7):
@@ -106,16 +103,8 @@ def table(rounds=7):
     for form in FORMS:
         for dtype in DTYPES:
             times = interleaved(calls_of(form, dtype), rounds)
-            cells = []
-            for call in ("forward", "backward", "both"):
-                share = gigabytes(form, call, dtype) / times[call] / copy_gb_s()
-                cell = f"{call} {1e3 * times[call]:.1f} ms, {share:.2f} of copy"
-                for other in (f"eager {call}", f"triton {call}"):
-                    if other in times:
-                        cell += f", {other.split()[0]} {times[other] / times[call]:.1f}x"
-                cells.append(cell)
-            cells[-1] += f", double {times['double'] / times['both']:.1f}x"
-            print(f"{form:20s}{str(dtype).removeprefix('torch.'):9s}", "; ".join(cells), flush=True)
+            told = line(times, {call: gigabytes(form, call, dtype) for call in CALLS})
+            print(f"{form:20s}{str(dtype).removeprefix('torch.'):9s}", told, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in an environment that has a CUDA torch: build, the contract on the
-# device, compute-sanitizer on small shapes, benchmarks, products of a model of 1B parameters.
+# device, compute-sanitizer on small shapes, benchmarks, products of whole models up to 16384 tokens.
+# What the numbers are to be compared with: benchmarks/paper.py, benchmarks/paper_dual.py.
 # benchmarks/gpu.sh [PYTHON] [STAGE...], from anywhere; stages: build test sanitize bench model (all
 # by default). BENCH: which benchmark files, a glob.
 set -euo pipefail
@@ -56,10 +57,20 @@ if wanted bench; then
 fi
 
 if wanted model; then
-    echo "== Llama of 1B parameters, bf16, LoRA: products over one gradient"
-    (cd benchmarks && "$python" bench_second_order.py --model llama --size 1b --t 512 2048 \
-        --vocab 128256 --dtype bfloat16 --no-reference) | tee "$results/$machine-second-order.txt"
-    (cd benchmarks && "$python" bench_second_order.py --model llama --head) |
-        tee -a "$results/$machine-second-order.txt"
+    products="$results/$machine-second-order.txt"
+    : > "$products"
+    # A process of its own for every length: what does not fit ends that length, not the stage.
+    second_order() {
+        (cd benchmarks && "$python" bench_second_order.py --no-reference "$@") 2>&1 |
+            tee -a "$products" || echo "stopped: $*" | tee -a "$products"
+    }
+    echo "== products over one gradient by sequence length: small models, LoRA and all parameters"
+    for t in 128 512 1024 2048 4096 8192 16384; do second_order --t "$t" --dtype bfloat16; done
+    echo "== Llama of 1B parameters, bf16, LoRA"
+    for t in 512 2048 8192 16384; do
+        second_order --model llama --size 1b --vocab 128256 --dtype bfloat16 --t "$t"
+    done
+    second_order --model llama --head
+    echo "== the outer step"
     (cd benchmarks && "$python" bench_outer_step.py) | tee "$results/$machine-outer-step.txt"
 fi

@@ -1,9 +1,10 @@
 #include "grad_sq_norm_simd.h"
 
+#include "lanes.h"
+
 namespace {
 
-// 64 bytes a vector everywhere, so that sums do not depend on the instruction set; the register
-// tile only says which sums are made together.
+// The register tile only says which sums are made together.
 #if defined(__AVX512F__)
 constexpr int kRows = 4, kCols = 4;
 #elif defined(__AVX2__)
@@ -12,53 +13,18 @@ constexpr int kRows = 2, kCols = 2;
 constexpr int kRows = 1, kCols = 2;
 #endif
 
-template <typename T>
-struct Lanes {
-  static constexpr int kCount = 64 / sizeof(T);
-  typedef T Vector __attribute__((vector_size(64)));
-  typedef T Loose __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
-};
-
-template <typename T>
-void load_tail(typename Lanes<T>::Vector& v, const T* p, int64_t n) {
-  v = typename Lanes<T>::Vector{};
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-}
-
-// Halves added onto halves; whole vectors, as there are as many sums as a tile has products.
-inline float sum_of(Lanes<float>::Vector& v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  return v[0] + v[1];
-}
-inline double sum_of(Lanes<double>::Vector& v) {
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-  return v[0] + v[1];
-}
-
 // out[r][c] = <a_r, b_c> for R rows of a and C rows of b.
 template <int R, int C, typename T>
 void products(const T* a, const T* b, int64_t d, T out[kRows][kCols]) {
   using L = Lanes<T>;
   typename L::Vector acc[R][C] = {};
-  auto step = [&](const typename L::Vector(&u)[R], const typename L::Vector(&v)[C]) {
+  sweep<T>(d, [&](int64_t i, int64_t n) {
+    typename L::Vector u[R], v[C];
+    for (int r = 0; r < R; ++r) load(u[r], a + r * d + i, n);
+    for (int c = 0; c < C; ++c) load(v[c], b + c * d + i, n);
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < C; ++c) acc[r][c] += u[r] * v[c];
-  };
-  typename L::Vector u[R], v[C];
-  int64_t i = 0;
-  for (; i + L::kCount <= d; i += L::kCount) {
-    for (int r = 0; r < R; ++r) u[r] = *reinterpret_cast<const typename L::Loose*>(a + r * d + i);
-    for (int c = 0; c < C; ++c) v[c] = *reinterpret_cast<const typename L::Loose*>(b + c * d + i);
-    step(u, v);
-  }
-  if (i < d) {
-    for (int r = 0; r < R; ++r) load_tail(u[r], a + r * d + i, d - i);
-    for (int c = 0; c < C; ++c) load_tail(v[c], b + c * d + i, d - i);
-    step(u, v);
-  }
+  });
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) out[r][c] = sum_of(acc[r][c]);
 }

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_dual_attention import Peak
 from tiny_models import make, rows
 from torch import nn
 
@@ -193,6 +194,21 @@ def test_ekfac_is_its_definition(small, block, monkeypatch):
     at = slice(*(torch.tensor([0, 256]) + (0 if next(iter(small.like)) == name else 16)).tolist())
     off = [(m[at, at] - full[at, at]).norm() for m in (a, kfac)]
     assert off[0] < off[1], "the corrected eigenvalues are the best in that basis"
+
+
+def test_factors_hold_no_gradients_of_all_examples(small, monkeypatch):
+    """150 rows and a 16 x 16 weight: only a block as large as all of them meets their gradients."""
+    many = collate(rows(shapes=[(1, 1)] * 150))
+
+    def largest(kind, block):
+        monkeypatch.setattr(factors_module, "BLOCK", block)
+        with Peak() as peak:
+            kind(small.model, many, nll, labels="data")
+        return peak.size
+
+    everything = 150 * 256
+    assert largest(EKFAC, 1 << 10) < everything <= largest(EKFAC, 1 << 22)
+    assert largest(KFAC, 1 << 22) < everything
 
 
 def test_fisher_diagonal_is_exact(small):

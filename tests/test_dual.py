@@ -286,9 +286,9 @@ def test_settings_of_experts_without_a_known_tangent(case):
         (dict(use_dora=True), "q_proj .*LoRA variant .*Dora"),
         (dict(modules_to_save=["lm_head"]), "output head .*ModulesToSaveWrapper"),
         (dict(modules_to_save=["norm"]), "model.norm .*ModulesToSaveWrapper"),
-        (dict(target_modules=["embed_tokens"]), "embed_tokens .*lora.layer.Embedding"),
+        (dict(use_dora=True, target_modules=["embed_tokens"]), "embed_tokens .*variant .*Dora"),
     ],
-    ids=["dora", "saved head", "saved norm", "embedding"],
+    ids=["dora", "saved head", "saved norm", "dora embedding"],
 )
 def test_adapters_that_are_not_plain_lora(options, match):
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options})

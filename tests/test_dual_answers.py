@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.func import jvp
 from torch.nn import functional as F
@@ -18,36 +19,66 @@ from u2a_kernels.testing import randn
 
 BATCH = collate([Row("a", (1, 2), (3, 4, 5)), Row("b", (5,), (0,)), Row("c", (2, 2, 1), (6, 6))])
 ROW, AT = BATCH.answer.nonzero(as_tuple=True)
-HEADS = {"plain": (False, None), "bias": (True, None), "bias-cap": (True, 2.0), "cap": (False, 2.0)}
+HEADS = {  # bias, soft cap, LoRA
+    "plain": (False, None, False),
+    "bias": (True, None, False),
+    "bias-cap": (True, 2.0, False),
+    "cap": (False, 2.0, False),
+    "lora": (True, 2.0, True),
+}
+LORA = dict(r=2, lora_alpha=3)
 
 
 def values(p, cap):
     """(logits `[n, V]`, log-probabilities `[n]`) of the answers; p["h"] the hidden states."""
-    z = F.linear(p["h"][ROW, AT - 1], p["weight"], p.get("bias"))
+    h = p["h"][ROW, AT - 1]
+    z = F.linear(h, p["weight"], p.get("bias"))
+    if "a" in p:
+        z = z + 1.5 * (h @ p["a"].T) @ p["b"].T
     z = z if cap is None else cap * torch.tanh(z / cap)
     return z, torch.log_softmax(z, -1).gather(1, BATCH.ids[ROW, AT, None])[:, 0]
 
 
-def case(bias, trainable):
-    """Hidden states and head, of which `trainable` have a direction."""
+def case(bias, lora, trainable):
+    """Hidden states and head, of which those that are trained have a direction: always the factors
+    of LoRA, weight and bias if `trainable`."""
     shapes = dict(h=(3, 5, 4), weight=(7, 4), **(dict(bias=(7,)) if bias else {}))
+    shapes |= dict(a=(2, 4), b=(7, 2)) if lora else {}
     p = {n: randn(*s, seed=1 + i, dtype=torch.float64) for i, (n, s) in enumerate(shapes.items())}
-    p = {n: t.requires_grad_(n == "h" or trainable) for n, t in p.items()}
+    p = {n: t.requires_grad_(n in "hab" or trainable) for n, t in p.items()}
     v = {n: randn(*t.shape, seed=9 + i, dtype=t.dtype) for i, (n, t) in enumerate(p.items())}
-    return p, v if trainable else {**{n: torch.zeros_like(t) for n, t in v.items()}, "h": v["h"]}
+    return p, {n: t if p[n].requires_grad else torch.zeros_like(t) for n, t in v.items()}
+
+
+def made(p):
+    """(module with these parameters, {their names here: the module's})."""
+    trainable = p["weight"].requires_grad
+    head = nn.Linear(4, 7, bias="bias" in p, dtype=torch.float64).requires_grad_(trainable)
+    head.load_state_dict({n: p[n] for n in ("weight", "bias") if n in p})
+    names = dict(head.named_parameters())
+    if "a" not in p:
+        return head, names
+    holder = inject_adapter_in_model(LoraConfig(**LORA, target_modules=["0"]), nn.Sequential(head))
+    head = holder[0]
+    names |= {"a": head.lora_A["default"].weight, "b": head.lora_B["default"].weight}
+    for n in "ab":
+        names[n].data = p[n].detach().clone()
+    for n in ("weight", "bias"):
+        names[n].requires_grad_(trainable)  # peft freezes what it wraps
+    return head, names
 
 
 def ours(p, v, cap, mode):
     """(stacked h and the head's parameters, what `dual_logps` says of them)."""
-    trainable = p["weight"].requires_grad
-    head = nn.Linear(4, 7, bias="bias" in p, dtype=torch.float64).requires_grad_(trainable)
-    head.load_state_dict({n: t for n, t in p.items() if n != "h"})
+    head, names = made(p)
     h = torch.cat([p["h"], v["h"]]).detach().requires_grad_()
-    directions = [v.get(n) if trainable else None for n in ("weight", "bias")]
+    given = {n: v[n] for n, q in names.items() if q.requires_grad}
+    by_parameter = {id(names[n]): t for n, t in given.items()}
     backbone = lambda **_: SimpleNamespace(last_hidden_state=h)  # noqa: E731
-    run = Dual(head, backbone, head, directions[0], mode, directions[1], cap)
+    weight_t, bias_t = given.get("weight"), given.get("bias")
+    run = Dual(head, backbone, head, weight_t, mode, bias_t, cap, by_parameter)
     lp, logp_t, curvature = dual_logps(run, BATCH)
-    return {"h": h, **dict(head.named_parameters())}, (lp.logp, logp_t, curvature)
+    return {"h": h, **names}, (lp.logp, logp_t, curvature)
 
 
 def close(a, b):
@@ -57,8 +88,8 @@ def close(a, b):
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_answers_of_stacked_rows(name, trainable):
-    bias, cap = HEADS[name]
-    p, v = case(bias, trainable)
+    bias, cap, lora = HEADS[name]
+    p, v = case(bias, lora, trainable)
     logp, logp_t = jvp(lambda p: values(p, cap)[1], (p,), (v,))
     z, z_t = jvp(lambda p: values(p, cap)[0], (p,), (v,))
     prob = torch.softmax(z, -1)

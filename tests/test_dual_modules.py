@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_index import FAMILIES
 from tiny_models import _plain_norm, _plain_router
 from torch import nn
@@ -92,6 +93,25 @@ class Positions(nn.Module):
         return e + self.positions(at)
 
 
+def adapted(base: nn.Embedding) -> nn.Module:
+    """LoRA around an embedding."""
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["0"])
+    return inject_adapter_in_model(config, nn.Sequential(base))[0].requires_grad_()
+
+
+def padded_factors(m: nn.Module) -> Callable:
+    """The column of padding_idx is a constant to autograd."""
+    base, scale = padded(m.base_layer), getattr(m.base_layer, "embed_scale", 1)
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        a, b = m.lora_embedding_A["default"], m.lora_embedding_B["default"]
+        pad = torch.arange(a.shape[1])[None] == (m.base_layer.padding_idx or -1)
+        low = F.embedding(ids, torch.where(pad, a.detach(), a).T) @ b.T
+        return (base(ids) + 2.5 * low) * scale
+
+    return forward
+
+
 LLAMA = "model.layers.0."
 MODULES = {
     "linear": Module(lambda: nn.Linear(16, 7)),
@@ -101,6 +121,12 @@ MODULES = {
     "gelu": Module(lambda: ACT2FN["gelu"]),
     "gelu_new": Module(lambda: ACT2FN["gelu_new"]),
     "embedding": Module(lambda: nn.Embedding(7, 16, padding_idx=3), None, padded),
+    "embedding with LoRA": Module(
+        lambda: adapted(nn.Embedding(7, 16, padding_idx=3)), None, padded_factors
+    ),
+    "scaled embedding with LoRA": Module(
+        lambda: adapted(part("gemma3", "model.embed_tokens")), None, padded_factors
+    ),
     "embedding without padding": Module(lambda: nn.Embedding(7, 16), None),
     "embedding, no direction": Module(lambda: nn.Embedding(7, 16), None, frozen=True),
     "rms_norm": Module(lambda: part("llama", "model.norm"), plain=plain_parts),
@@ -132,7 +158,7 @@ def built(case: Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
 
 
 def ours(m: nn.Module, v: dict[str, torch.Tensor], mode: str, inputs) -> torch.Tensor:
-    tokens = m.tokens if isinstance(m, Positions) else m
+    tokens = m.tokens if isinstance(m, Positions) else getattr(m, "base_layer", m)
     site = Site({id(p): v[n] for n, p in m.named_parameters() if v[n].any()}, mode, tokens)
     for sub in m.modules():
         if not isinstance(sub, Positions):

@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 from test_products import CASES, IDS, REF, WEIGHTS, nll, npo, oracle_hvp
-from tiny_models import checkpointed, direction, make, relative, two_batches
+from tiny_models import checkpointed, direction, make, relative, rows, two_batches
 
+from u2a.batch import collate
 from u2a.curvature import EmpiricalFisher, GaussNewton, Hessian
 from u2a.dual import dual
 from u2a.dual_modules import UnsupportedModel
@@ -49,8 +50,8 @@ def test_against_double_backward():
 @pytest.mark.parametrize("family", ["llama-tied", "phi"])
 @pytest.mark.parametrize("mode", ["ggn", "hvp"])
 def test_a_head_in_pieces(family, mode, monkeypatch):
-    """No probabilities held, 16 tokens at a time; seven directions in sweeps of three."""
-    model, batches = make(family), two_batches()
+    """No probabilities held, 16 of 18 tokens at a time; seven directions in sweeps of three."""
+    model, batches = make(family), [collate(rows()), *two_batches()]
     monkeypatch.setattr(head_module, "HELD", 0)
     monkeypatch.setitem(head_module.LOGITS, "cpu", 1)
     monkeypatch.setitem(sys.modules["u2a.linearize"].TOGETHER, "cpu", 3)
@@ -174,6 +175,19 @@ def test_in_bfloat16(family, lora):
         want = stacked(exact, batches, nll, wide)
         got = error(linearize(model, batches, nll, mode=mode).matvec(v), want)
         assert got < 1.5 * error(stacked(model, batches, nll, v), want) + 1e-3
+
+
+def test_a_narrow_head_in_tiles():
+    """A bfloat16 weight is widened some rows at a time."""
+    model, batches = make("phi").to(torch.bfloat16), two_batches()
+    v = direction(model, 1)
+    for mode in STACKED:
+        want = linearize(model, batches, nll, mode=mode).matvec(v)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(head_module, "TILE", 7)
+            got = linearize(model, batches, nll, mode=mode).matvec(v)
+        gap = {n: t.double() - want[n].double() for n, t in got.items()}
+        assert norm(gap) < 0.02 * norm(want)
 
 
 def test_held_bytes():

@@ -230,7 +230,7 @@ def test_every_term_of_the_chain_rule():
         getattr(chain_rule, n) for n in ("gradient", "hvp", "ggnvp", "quadratic", "jvp_scores")
     ]
     paired = pipeline.model.__wrapped__()
-    functions = reached(*products_of, home="u2a.products", skip=SKIPPED)
+    functions = reached(*products_of, home=("u2a.products", "u2a.batch"), skip=SKIPPED)
     every = [
         partial(products.test_products_equal_double_backward, "gpt2-gelu", False),
         partial(products.test_scores_equal_a_loop_of_gradients, "gpt2-gelu", False, products.npo),

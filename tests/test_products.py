@@ -148,9 +148,9 @@ def test_under_activation_checkpointing(family, lora):
     assert torch.equal(jvp_scores(model, batches, npo, v, ref=REF), want_scores)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3", "gpt2"])
-def test_symmetry(family):
-    model, batches = make(family), two_batches()
+@pytest.mark.parametrize("family, lora", CASES, ids=IDS)
+def test_symmetry(family, lora):
+    model, batches = make(family, lora), two_batches()
     u, v = direction(model, 3), direction(model, 4)
     for f in (hvp, ggnvp):
         hv, hu = (f(model, batches, npo, x, ref=REF) for x in (v, u))

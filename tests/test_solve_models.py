@@ -16,8 +16,8 @@ from u2a.losses import LOSSES
 from u2a.objectives import PairSet, Preference
 from u2a.outer import Outer, SolveSettings
 from u2a.products import gradient
-from u2a.solve import solve
-from u2a.tree import flatten
+from u2a.solve import METHODS, solve
+from u2a.tree import add_, flatten
 
 NAMES = ("attn.c_proj.bias", "ln_2.weight", "ln_2.bias")
 
@@ -62,17 +62,18 @@ def test_dense_matrices_are_symmetric(small):
 
 @pytest.mark.parametrize("method", ["cg", "neumann", "identity", "minres"])
 def test_ascent_is_damped_by_a_lanczos_bound(small, method, caplog):
-    """The default damping makes GA's Hessian positive definite, just so, and says it."""
+    """Damping makes GA's Hessian positive definite, just so, and says it; by default, but that
+    "minres" needs none."""
     with caplog.at_level(logging.INFO, "u2a.solve"):
         steps = 100 if method in ("cg", "minres") else 2
         s = solve(small.ascent, small.b, method, tol=1e-7, max_iter=steps, damping="auto:0.1")
+    if method != "minres":
+        assert solve(small.ascent, small.b, method, max_iter=1).damping == s.damping
     values = torch.linalg.eigvalsh(small.dense[small.ascent])
     size = values.abs().mean().item()
     lowest = values[0].item() + s.damping
     assert 0.02 * size < lowest < 0.4 * size + 0.01 * values.abs().max()
     assert "Lanczos" in s.note and s.note in caplog.text and s.products > 10
-    if method == "identity":
-        assert solve(small.ascent, small.b, method, max_iter=1).damping == s.damping
     if method in ("cg", "minres"):
         close(flatten(s.x), small.exact(small.ascent, s.damping), 1e-4)
 
@@ -114,6 +115,20 @@ def test_woodbury_of_a_models_own_gradients(small):
     close(flatten(s.x), small.exact(small.fisher, s.damping), 1e-8)
     assert s.residual < 1e-8 and s.damping == pytest.approx(0.05 * small.fisher.mean_eigenvalue())
     assert solve(small.fisher, small.b, "datainf").residual > 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_what_it_did(small, method):
+    """Solution, true residual, iterations, curvature seen, products; a state where it iterates."""
+    op = small.fisher if method in ("woodbury", "datainf") else small.ggn
+    s = solve(op, small.b, method, damping=0.5 * small.ggn.mean_eigenvalue(), max_iter=30)
+    off = flatten(add_(op.matvec(s.x), s.x, s.damping)) - flatten(small.b)
+    assert s.residual == pytest.approx((off.norm() / flatten(small.b).norm()).item(), rel=1e-6)
+    assert s.method == method and s.products >= 1 and not s.negative_curvature
+    top = torch.linalg.eigvalsh(small.dense[op])[-1] + s.damping
+    assert 0 < s.min_curvature <= s.max_curvature < 5 * top, "datainf inverts 5 rows one by one"
+    iterates = method in ("cg", "minres", "neumann")
+    assert (s.iterations > 0) == (s.state is not None) == iterates
 
 
 def test_astra_on_a_stream(small):

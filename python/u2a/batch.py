@@ -137,3 +137,30 @@ def pair_batches(pairs: Sequence[Pair], batch_tokens: int) -> list[Batch]:
 def total(batches: Iterable[Batch]) -> int:
     """Number of rows in all batches."""
     return sum(len(b) for b in batches)
+
+
+Batches = Batch | Sequence[Batch]
+Refs = Tensor | Sequence[Tensor] | None
+
+
+def sequence(batches: Batches) -> Sequence[Batch]:
+    found = [batches] if isinstance(batches, Batch) else batches
+    if not len(found):
+        raise ValueError("batches must hold at least one Batch, got none")
+    return found
+
+
+def with_refs(batches: Sequence[Batch], ref: Refs) -> Iterator[tuple[Batch, Tensor | None]]:
+    """`ref`: `[N]` looked up by Batch.index, or one `[B]` per batch."""
+    if ref is not None and not isinstance(ref, Tensor) and len(ref) != len(batches):
+        raise ValueError(f"ref must hold one tensor per batch ({len(batches)}), got {len(ref)}")
+    for i, batch in enumerate(batches):
+        if isinstance(ref, Tensor):
+            yield batch, ref[batch.index.to(ref.device)]
+        else:
+            yield batch, None if ref is None else ref[i]
+
+
+def score_index(batches: Sequence[Batch], scores: Sequence[Tensor]) -> Tensor:
+    """Row number of each score, partners left out."""
+    return torch.cat([b.index[: len(s)] for b, s in zip(batches, scores, strict=True)])

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from u2a import dual_head
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
 from u2a.dual_table import CAPPED, CAUSAL_LMS, overrides
 from u2a.parallel import is_sharded, plain, reshard, unwrapped
@@ -58,9 +59,12 @@ def _base(model: nn.Module) -> Any:
     return wrapped() if wrapped is not None else model
 
 
-def parts(model: nn.Module, sharded: bool = False) -> tuple[nn.Module, nn.Linear]:
+def parts(
+    model: nn.Module, sharded: bool = False, adapted: bool = False
+) -> tuple[nn.Module, nn.Linear]:
     """Backbone and language-model head of a known causal LM, also inside a PeftModel; of a model
-    sharded by FSDP2 only if the caller knows what that means.
+    sharded by FSDP2, or with LoRA on its head (`u2a.dual_head`), only if the caller knows what that
+    means.
 
     Raises:
         UnsupportedModel: another class, or a head that is not a plain nn.Linear; what lies between
@@ -76,8 +80,13 @@ def parts(model: nn.Module, sharded: bool = False) -> tuple[nn.Module, nn.Linear
             "model",
         )
     head = base.get_output_embeddings()
-    if plain(type(head)) is not nn.Linear:
-        raise UnsupportedModel(f"output head {path(type(head))}, wanted torch.nn.Linear", "model")
+    reason = dual_head.fault(head)
+    if reason is None and plain(type(head)) is not nn.Linear and not adapted:
+        reason = "LoRA on the output head, which this does not support; the products do"
+    if reason is None and plain(type(head)) is not nn.Linear and is_sharded(model):
+        reason = "LoRA on the output head of a model sharded by FSDP2"
+    if reason is not None:
+        raise UnsupportedModel(reason, "model")
     return base.base_model, head
 
 
@@ -87,9 +96,15 @@ def final_softcap(model: nn.Module) -> float | None:
     return base.config.final_logit_softcapping if path(type(base)) in CAPPED else None
 
 
+def token_embedding(backbone: Any) -> nn.Module:
+    """The module that meets the ids, inside its LoRA if it has one."""
+    found: Any = backbone.get_input_embeddings()
+    return getattr(found, "base_layer", found)  # type: ignore[no-any-return]
+
+
 def is_open(model: nn.Module) -> bool:
     """True while `model`'s backbone is inside `u2a.dual`."""
-    return id(parts(model, sharded=True)[0]) in _open
+    return id(parts(model, sharded=True, adapted=True)[0]) in _open
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,10 @@ class Dual:
     mode: Mode
     bias_tangent: Tensor | None = None
     softcap: float | None = None
+    directions: Mapping[int, Tensor] = field(default_factory=dict)  # by id of the parameter
+
+    def direction(self, parameter: Tensor) -> Tensor | None:
+        return self.directions.get(id(parameter))
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.backbone(input_ids=ids, use_cache=False).last_hidden_state
@@ -155,8 +174,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
     Args:
         model: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3 (text), Phi, Phi-3, GPT-NeoX,
             OPT, GPT-2, Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE for causal LM, with or without plain
-            peft LoRA; sharded by FSDP2 as `u2a.parallel` says. The experts' choice is held: it is
-            constant almost everywhere.
+            peft LoRA on linear layers, embeddings and head; sharded by FSDP2 as `u2a.parallel`
+            says. The experts' choice is held: it is constant almost everywhere.
         tangents: {parameter name: direction}, shape, dtype and device of the parameter; a missing
             name means zero; the direction of a tied weight applies to all its uses.
         mode: "hvp" (the backward of the tangent output is the Hessian product), "ggn" (backward
@@ -177,11 +196,11 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
     if mode not in ("hvp", "ggn", "jvp"):
         raise ValueError(f"u2a.dual: mode must be 'hvp', 'ggn' or 'jvp', got {mode!r}")
     reshard(model)
-    backbone, head = parts(model, sharded=True)
+    backbone, head = parts(model, sharded=True, adapted=True)
     if id(backbone) in _open:
         raise RuntimeError("u2a.dual: this model is already inside u2a.dual; contexts do not nest")
     by_parameter = _by_parameter(model, tangents)
-    site = Site(by_parameter, mode, backbone.get_input_embeddings())  # type: ignore[operator]
+    site = Site(by_parameter, mode, token_embedding(backbone))
     found = _survey(model, site)
     lost = [n for n, p in model.named_parameters() if id(p) in by_parameter.keys() - site.served]
     if lost:
@@ -199,7 +218,8 @@ def dual(model: nn.Module, tangents: Mapping[str, Tensor], mode: Mode = "hvp") -
                 module.__dict__[name] = value
         config._attn_implementation = NAME
         weight_t, bias_t = (by_parameter.get(id(p)) for p in (head.weight, head.bias))
-        yield Dual(model, backbone, head, weight_t, mode, bias_t, final_softcap(model))
+        cap = final_softcap(model)
+        yield Dual(model, backbone, head, weight_t, mode, bias_t, cap, by_parameter)
     finally:
         config._attn_implementation = implementation
         for module, name, before in replaced:

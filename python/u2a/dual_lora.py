@@ -7,19 +7,24 @@ from typing import Any
 
 from torch import Tensor
 
-from u2a.dual_modules import Refused, Site, path
-from u2a_kernels import dual_lora_linear
+from u2a.dual_modules import Refused, Site, looked_up, path
+from u2a_kernels import dual_linear, dual_lora_linear
 
 LINEAR = "torch.nn.modules.linear.Linear"
+EMBEDDING = "torch.nn.modules.sparse.Embedding"
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
-def lora_linear(module: Any, site: Site) -> dict[str, Any]:
+def _check(module: Any) -> None:
     if module.merged:
         raise Refused(f"merged adapters {module.merged_adapters}; unmerge them first")
     variants = {a: type(v).__name__ for a, v in module.lora_variant.items()}
     if variants:
         raise Refused(f"LoRA variant {variants} is not plain LoRA")
+
+
+def lora_linear(module: Any, site: Site) -> dict[str, Any]:
+    _check(module)
     forwards = {name: _fused_lora(module, name, site) for name in module.lora_A}
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,3 +56,37 @@ def _fused_lora(module: Any, name: str, site: Site) -> Callable[[Tensor], Tensor
         return dual_lora_linear(x, weight, a.weight, b.weight, *directions, **options)
 
     return forward
+
+
+def lora_embedding(module: Any, site: Site) -> dict[str, Any]:
+    """e = E[ids] + s A^T[ids] B^T: rows of A^T with their tangents, then a linear map."""
+    _check(module)
+    base = path(type(module.base_layer))
+    if base != EMBEDDING and not base.endswith("TextScaledWordEmbedding"):
+        raise Refused(f"LoRA around {base}")
+    tables, maps = module.lora_embedding_A, module.lora_embedding_B
+    directions = {name: (site.tangent(tables[name]), site.tangent(maps[name])) for name in tables}
+
+    def forward(ids: Tensor) -> Tensor:
+        y: Tensor = module.base_layer(ids)
+        for name in active(module):
+            a_t, b_t = directions[name]
+            table_t = None if a_t is None else a_t.t()
+            low = looked_up(site, ids, tables[name].t(), table_t, module.base_layer.padding_idx)
+            low = dual_linear(low, maps[name], b_t, mode=site.mode)
+            y = y + (low * embedding_scale(module, name)).to(y.dtype)
+        return y
+
+    return {"forward": forward}
+
+
+def active(module: Any) -> list[str]:
+    """Adapters of an embedding that take part."""
+    names = [] if module.disable_adapters else module.active_adapters
+    return [n for n in names if n in module.lora_embedding_A]
+
+
+def embedding_scale(module: Any, name: str) -> Any:
+    """s, times Gemma 3's factor of all embeddings."""
+    factor = module._get_embed_scale()
+    return module.scaling[name] * (1.0 if factor is None else factor.to(module.weight.dtype))

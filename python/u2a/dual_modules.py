@@ -87,17 +87,24 @@ def embedding(module: nn.Embedding, site: Site) -> dict[str, Any]:
     def forward(ids: Tensor) -> Tensor:
         if module is site.token_embedding:
             site.rows = ids.shape[0]
-        elif ids.shape[0] == 1:
-            ids = ids.expand(site.rows, *ids.shape[1:])
-        e = F.embedding(ids, module.weight, module.padding_idx)
-        if weight_t is None:
-            return torch.cat([e, torch.zeros_like(e)])
-        e_t = F.embedding(ids, weight_t)
-        if module.padding_idx is not None:
-            e_t = e_t.masked_fill((ids == module.padding_idx)[..., None], 0.0)
-        return torch.cat([e, e_t])
+        return looked_up(site, ids, module.weight, weight_t, module.padding_idx)
 
     return {"forward": forward}
+
+
+def looked_up(
+    site: Site, ids: Tensor, weight: Tensor, weight_t: Tensor | None, padding_idx: int | None
+) -> Tensor:
+    """Rows of a table and their tangents; ids of one row stand for all."""
+    if ids.shape[0] == 1:
+        ids = ids.expand(site.rows, *ids.shape[1:])
+    e = F.embedding(ids, weight, padding_idx)
+    if weight_t is None:
+        return torch.cat([e, torch.zeros_like(e)])
+    e_t = F.embedding(ids, weight_t)
+    if padding_idx is not None:
+        e_t = e_t.masked_fill((ids == padding_idx)[..., None], 0.0)
+    return torch.cat([e, e_t])
 
 
 def scaled_embedding(module: Any, site: Site) -> dict[str, Any]:

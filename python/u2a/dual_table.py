@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from u2a.dual_lora import CONV1D, LINEAR, lora_linear
+from u2a.dual_lora import CONV1D, EMBEDDING, LINEAR, lora_embedding, lora_linear
 from u2a.dual_mlp import ACTIVATIONS, activation, gated_mlp, packed_mlp
 from u2a.dual_modules import (
     Handler,
@@ -48,7 +48,7 @@ TABLE: dict[str, Handler] = {
     "torch.nn.modules.container.ParameterDict": nothing,
     "torch.nn.modules.linear.Identity": nothing,
     LINEAR: linear,
-    "torch.nn.modules.sparse.Embedding": embedding,
+    EMBEDDING: embedding,
     "torch.nn.modules.normalization.LayerNorm": layer_norm,
     "torch.nn.modules.dropout.Dropout": dropout,
     CONV1D: conv1d,
@@ -57,6 +57,7 @@ TABLE: dict[str, Handler] = {
     "peft.peft_model.PeftModelForCausalLM": peft_model,
     "peft.tuners.lora.model.LoraModel": nothing,
     "peft.tuners.lora.layer.Linear": lora_linear,
+    "peft.tuners.lora.layer.Embedding": lora_embedding,
 }
 _LLAMA: dict[str, Handler] = {
     "RMSNorm": rms_norm,

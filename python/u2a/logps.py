@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from u2a.batch import AnswerLogps, Batch
 from u2a.dual import Dual, Mode, dual, final_softcap, is_open, parts
+from u2a.dual_head import dual_widened, widened
 from u2a.parallel import inside, whole_like
 from u2a_kernels import dual_linear_cross_entropy, linear_logp
 
@@ -46,7 +47,7 @@ def answer_logps(model: nn.Module, batch: Batch, *, ref: Tensor | None = None) -
     Only answer positions meet the vocabulary, through `u2a_kernels.linear_logp`: no `[B, T, V]`.
     Equivalent: ``log_softmax(model(ids).logits[:, :-1])`` gathered at ``ids[:, 1:]`` where answer.
     """
-    backbone, head = parts(model, sharded=True)
+    backbone, head = parts(model, sharded=True, adapted=True)
     if is_open(model):
         raise RuntimeError("answer_logps: the model is inside u2a.dual; use dual_answer_logps")
     ids, at, target, row, count = _moved(batch, head.weight.device)
@@ -55,7 +56,8 @@ def answer_logps(model: nn.Module, batch: Batch, *, ref: Tensor | None = None) -
     def logps(ids: Tensor) -> Tensor:
         h = backbone(input_ids=ids, use_cache=False).last_hidden_state
         h = h.flatten(0, 1).index_select(0, at)
-        return linear_logp(h, head.weight, target, bias=head.bias, softcap=cap)
+        x, weight = widened(head, h)
+        return linear_logp(x, weight, target, bias=head.bias, softcap=cap)
 
     logp = inside(model, head, logps, ids)
     return AnswerLogps(logp, row, count, ref=_like(ref, logp), index=batch.index)
@@ -76,7 +78,8 @@ def dual_logps(
         weight, bias = run.head.weight, run.head.bias
         weight_t, bias_t = whole_like(run.head_tangent, weight), whole_like(run.bias_tangent, bias)
         options: Any = dict(bias=bias, bias_t=bias_t, softcap=run.softcap, mode=run.mode)
-        return dual_linear_cross_entropy(h, weight, target, weight_t, **options)
+        x, weight, weight_t = dual_widened(run.head, h, weight_t, run.direction, run.mode)
+        return dual_linear_cross_entropy(x, weight, target, weight_t, **options)
 
     loss, loss_t, curvature = inside(run.model, run.head, losses, ids)
     return AnswerLogps(-loss, row, count, _like(ref, loss), batch.index), -loss_t, curvature

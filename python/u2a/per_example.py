@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from u2a.batch import Batches, Refs, sequence, with_refs
 from u2a.dual import dual
 from u2a.linearize import Linearized
 from u2a.logps import dual_logps
 from u2a.losses.base import refuse_partner
-from u2a.products import Batches, Loss, Refs, _adjoint, _per_row, _sequence, with_refs
+from u2a.products import Loss, _adjoint, _per_row
 
 Kind = Literal["ggn", "hessian"]
 
@@ -46,7 +47,7 @@ def per_example_curvature(
     if kind not in ("ggn", "hessian"):
         raise ValueError(f"per_example_curvature: kind must be 'ggn' or 'hessian', got {kind!r}")
     refuse_partner(loss, "per_example_curvature")
-    found = _sequence(batches)
+    found = sequence(batches)
     parts = []
     if kind == "ggn":
         with torch.no_grad(), dual(model, v, "jvp") as run:

@@ -8,38 +8,18 @@ the model is in DDP or sharded by FSDP2: `u2a.parallel`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from u2a.batch import AnswerLogps, Batch
+from u2a.batch import AnswerLogps, Batch, Batches, Refs, score_index, sequence, with_refs
 from u2a.dual import Dual, dual
 from u2a.logps import answer_logps, dual_answer_logps, dual_logps
 from u2a.parallel import all_rows, gradients, sum_, summed, unwrapped
 from u2a.tree import Tree, add_, trainable, zeros_like
 
 Loss = Callable[[AnswerLogps], Tensor]
-Batches = Batch | Sequence[Batch]
-Refs = Tensor | Sequence[Tensor] | None
-
-
-def _sequence(batches: Batches) -> Sequence[Batch]:
-    found = [batches] if isinstance(batches, Batch) else batches
-    if not len(found):
-        raise ValueError("batches must hold at least one Batch, got none")
-    return found
-
-
-def with_refs(batches: Sequence[Batch], ref: Refs) -> Iterator[tuple[Batch, Tensor | None]]:
-    """`ref`: `[N]` looked up by Batch.index, or one `[B]` per batch."""
-    if ref is not None and not isinstance(ref, Tensor) and len(ref) != len(batches):
-        raise ValueError(f"ref must hold one tensor per batch ({len(batches)}), got {len(ref)}")
-    for i, batch in enumerate(batches):
-        if isinstance(ref, Tensor):
-            yield batch, ref[batch.index.to(ref.device)]
-        else:
-            yield batch, None if ref is None else ref[i]
 
 
 def _per_row(loss: Loss, lp: AnswerLogps) -> Tensor:
@@ -107,7 +87,7 @@ def gradient(
         weights: `[N]` looked up by Batch.index; default 1/N, the mean over all rows.
         ref: reference log-probabilities for the loss, `[N]` by Batch.index or one `[B]` per batch.
     """
-    found = _sequence(batches)
+    found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     params = trainable(model)
     out = zeros_like(params)
@@ -131,7 +111,7 @@ def hvp(
     Returns {name: tensor} over the trainable parameters. Equivalent:
     ``autograd.grad(dot(autograd.grad(L, params, create_graph=True), v), params)``.
     """
-    found = _sequence(batches)
+    found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     params = trainable(model)
     out = zeros_like(params)
@@ -159,7 +139,7 @@ def ggnvp(
     have a negative semidefinite one, useless for a solve; the absolute weights make a positive
     surrogate of it, a deliberate departure from the implicit-function formula.
     """
-    found = _sequence(batches)
+    found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     params = trainable(model)
     out = zeros_like(params)
@@ -182,7 +162,7 @@ def quadratic(
     ref: Refs = None,
 ) -> float:
     """v^T G v for the G of `ggnvp`, from dual forwards alone."""
-    found = _sequence(batches)
+    found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     total = torch.zeros((), dtype=torch.float64)
     with dual(unwrapped(model), v, "jvp") as run:
@@ -212,11 +192,6 @@ def row_tangents(run: Dual, batch: Batch, loss: Loss, ref: Tensor | None = None)
     return lp.with_logp(first * logp_t).sequence().unflatten(0, (-1, found)).sum(0)
 
 
-def score_index(batches: Sequence[Batch], scores: Sequence[Tensor]) -> Tensor:
-    """Row number of each score, partners left out."""
-    return torch.cat([b.index[: len(s)] for b, s in zip(batches, scores, strict=True)])
-
-
 def jvp_scores(
     model: nn.Module,
     batches: Batches,
@@ -230,7 +205,7 @@ def jvp_scores(
     One dual forward per batch; no backward, no stored activations, no per-example gradient.
     The loss must be per row: its value for a row may depend on that row's log-probabilities only.
     """
-    found = _sequence(batches)
+    found = sequence(batches)
     all_rows(model, found)
     with dual(unwrapped(model), v, "jvp") as run:
         scores = [row_tangents(run, batch, loss, r) for batch, r in with_refs(found, ref)]

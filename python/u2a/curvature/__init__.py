@@ -9,7 +9,8 @@ from u2a.curvature.features import Diagonal, Features, row_features
 from u2a.curvature.gauge import symmetry
 from u2a.curvature.kfac import EKFAC, KFAC, fisher_diagonal
 from u2a.curvature.lanczos import Spectrum, lanczos
-from u2a.curvature.model import EmpiricalFisher, GaussNewton, Hessian, Stream
+from u2a.curvature.model import EmpiricalFisher, GaussNewton, Hessian
+from u2a.curvature.stream import Stream
 
 __all__ = [
     "EKFAC",

@@ -23,8 +23,9 @@ from u2a.curvature.factors import (
     stacked,
 )
 from u2a.curvature.features import turned
-from u2a.curvature.model import ModelCurvature, Stream
+from u2a.curvature.model import ModelCurvature
 from u2a.curvature.sources import Labels, Roots, Source, sources
+from u2a.curvature.stream import Stream
 from u2a.index.engine import capture
 from u2a.products import Batches, Loss, Refs
 from u2a.tree import Tree, trainable

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from u2a.batch import Batch
 from u2a.curvature.base import Curvature
 from u2a.curvature.features import row_features
+from u2a.curvature.stream import Stream, drawn
 from u2a.dual import parts
 from u2a.linearize import Linearized, Mode, linearize
 from u2a.losses.base import refuse_partner
@@ -134,7 +135,7 @@ class ModelCurvature(Curvature):
     def sampled(self, rows: int, seed: int = 0) -> Self:
         """The same on a fixed sample of `rows` rows drawn without replacement: an unbiased
         estimate, and one matrix, so that every solver may be used on it."""
-        return self._part(_drawn(self.rows, rows, seed, 0))
+        return self._part(drawn(self.rows, rows, seed, 0))
 
     def stream(self, rows: int, seed: int = 0) -> Stream:
         """A product draws `rows` rows of its own: see `Stream`."""
@@ -211,46 +212,3 @@ class EmpiricalFisher(ModelCurvature):
         found = row_features(self.model, self._batches, self.loss, self.ref)
         order = torch.cat([b.index for b in self._batches]).cpu().argsort()
         return found[order.to(found.device)] * w.sqrt().to(found)[:, None]
-
-
-def _drawn(n: int, rows: int, seed: int, draw: int) -> Tensor:
-    """Row numbers of draw number `draw`: shuffled epochs cut into pieces of `rows`."""
-    if not 1 <= rows <= n:
-        raise ValueError(f"rows must be in [1, {n}], the rows there are; got {rows}")
-    each = n // rows
-    epoch, part = divmod(draw, each)
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    order = torch.randperm(n, generator=generator)
-    return order[part * rows : (part + 1) * rows].sort().values
-
-
-class Stream(Curvature):
-    """An operator whose every product is that of another part of the rows (for "neumann").
-
-    `draw` counts the products, and draw k holds the same rows in every run. The mean eigenvalue
-    and the diagonal are those of draw 0.
-    """
-
-    stochastic = True
-
-    def __init__(self, operator: ModelCurvature, rows: int, seed: int = 0) -> None:
-        self.operator, self.size, self.seed, self.draw = operator, rows, seed, 0
-        self.definite, self.probes = operator.definite, operator.probes
-        self._first = operator._part(_drawn(operator.rows, rows, seed, 0))
-
-    @property
-    def like(self) -> Mapping[str, Tensor]:
-        return self.operator.like
-
-    def matvec(self, v: Tree) -> Tree:
-        chosen = _drawn(self.operator.rows, self.size, self.seed, self.draw)
-        self.draw += 1
-        part = self.operator._part(chosen)
-        part.linearize = False  # one product each
-        return part.matvec(v)
-
-    def mean_eigenvalue(self) -> float:
-        return self._first.mean_eigenvalue()
-
-    def diagonal(self) -> Tree:
-        return self._first.diagonal()

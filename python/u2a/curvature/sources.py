@@ -13,7 +13,8 @@ from u2a.batch import AnswerLogps, Batch
 from u2a.curvature.base import Sum, undamped
 from u2a.curvature.factors import sample_rows, uniform, wide
 from u2a.curvature.features import packed
-from u2a.curvature.model import EmpiricalFisher, ModelCurvature, Stream
+from u2a.curvature.model import EmpiricalFisher, ModelCurvature
+from u2a.curvature.stream import Stream
 from u2a.index.engine import Capture
 from u2a.index.packed import Packed, hidden_states, running
 from u2a.index.taps import LOGITS

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from u2a.batch import Batches, Refs, sequence, with_refs
 from u2a.dual import parts
 from u2a.index.engine import _chosen
 from u2a.index.modules import weight_shape
@@ -21,7 +22,7 @@ from u2a.index.taps import _sums
 from u2a.linearize import Linearized
 from u2a.linearize.head import Parts
 from u2a.losses.base import refuse_partner
-from u2a.products import Batches, Loss, Refs, _sequence, with_refs
+from u2a.products import Loss
 
 
 class _Sink:
@@ -112,7 +113,7 @@ def hvp_features(
     Equivalent: the features of ``u2a.hvp(model, collate([row_i]), loss, v)`` for every row i.
     """
     refuse_partner(loss, "hvp_features")
-    chosen, found = _chosen(model, exclude), _sequence(batches)
+    chosen, found = _chosen(model, exclude), sequence(batches)
     at = {
         id(p): (weight_shape(module, p), p)
         for module in model.modules()

@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from u2a.batch import AnswerLogps
+from u2a.batch import AnswerLogps, Batches, Refs, sequence, with_refs
 from u2a.linearize.head import Parts
 from u2a.linearize.runner import Held, Runner
 from u2a.linearize.session import Sink
-from u2a.products import Batches, Loss, Refs, _sequence, _weighted, with_refs
+from u2a.products import Loss, _weighted
 from u2a.tree import Tree, trainable, zeros_like
 
 Mode = Literal["ggn", "hvp"]
@@ -58,7 +58,7 @@ class Linearized:
             raise ValueError(f"u2a.linearize: mode must be 'ggn' or 'hvp', got {mode!r}")
         self.mode, self._model = mode, model
         self.like: dict[str, Tensor] = dict(trainable(model))
-        found = _sequence(batches)
+        found = sequence(batches)
         self._part = _weighted(loss, weights, sum(map(len, found)))
         self._runner = Runner(model, mode, self.like)
         self._versions = self._now()

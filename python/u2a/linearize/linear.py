@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from u2a.dual_modules import UnsupportedModel
 from u2a.grouped import grouped
 from u2a.linearize.session import Op, Session, Sink
 
@@ -164,28 +165,40 @@ class _Linear(torch.autograd.Function):
 
 
 class Embedding(Op):
-    """Rows of a table; the row `padding_idx` gets no gradient, so it gets no tangent either."""
+    """Rows of a table, `turned`: its columns; the row `padding_idx` gets no gradient, so it gets no
+    tangent either. `root`: gradients of what comes after it are wanted."""
 
     def __init__(
-        self, session: Session, weight: Tensor, padding_idx: int | None, root: bool
+        self,
+        session: Session,
+        weight: Tensor,
+        padding_idx: int | None,
+        root: bool,
+        turned: bool = False,
     ) -> None:
         super().__init__(session)
         self.weight, self.padding_idx, self.root = weight, padding_idx, root
+        self.turned = turned
 
     def record(self, ids: Tensor) -> Tensor:
         self.ids = ids
-        e = F.embedding(ids, self.weight.detach())
+        table = self.weight.detach()
+        e = F.embedding(ids, table.mT if self.turned else table)
         if self.root and self.session.hvp:
-            self.session.root = e.requires_grad_()
+            self.session.roots.append(e.requires_grad_())
         return e
 
     def sweep(self, _: Tensor) -> Tensor:
         w_t, k = self.session.direction(self.weight), self.session.k
         if w_t is None:
-            return self.weight.new_zeros(k * self.ids.shape[0], *self.ids.shape[1:],
-                                         self.weight.shape[1])  # fmt: skip
+            width = self.weight.shape[0 if self.turned else 1]
+            return self.weight.new_zeros(k * self.ids.shape[0], *self.ids.shape[1:], width)
+        if self.turned:
+            w_t = w_t.mT
         e_t = torch.cat([F.embedding(self.ids, w, self.padding_idx) for w in w_t])
         sink = self.session.sink
+        if sink is not None and self.turned:
+            raise UnsupportedModel("LoRA on an embedding", "u2a.index: features of products")
         if sink is not None and e_t.requires_grad:
             e_t.register_hook(
                 lambda g: sink.lookup(self.weight, self.ids, g.flatten(0, -2), self.padding_idx)

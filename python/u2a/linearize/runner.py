@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from u2a.batch import AnswerLogps, Batch
-from u2a.dual import _open, _survey, final_softcap, parts
+from u2a.dual import _open, _survey, final_softcap, parts, token_embedding
 from u2a.dual_modules import Refused, Site, UnsupportedModel, path
 from u2a.linearize.head import Head
 from u2a.linearize.session import Op, Session
@@ -31,8 +31,8 @@ class Held:
     lp: AnswerLogps
     head: Head
     calls: list[Op]
-    root: Tensor | None
-    hidden: Tensor | None  # [n, d], in the graph of `root` until `seed`
+    roots: list[Tensor]
+    hidden: Tensor | None  # [n, d], in the graph of `roots` until `seed`
 
     @property
     def rows(self) -> int:
@@ -40,10 +40,10 @@ class Held:
 
     def seed(self, first: Tensor) -> None:
         """Sends the gradient of sum first . logp through the recorded graph, to every call."""
-        if self.hidden is not None and self.root is not None and self.hidden.requires_grad:
+        if self.hidden is not None and self.roots and self.hidden.requires_grad:
             g = (self.head.pulled * -first[:, None]).to(self.hidden.dtype)
-            torch.autograd.grad(self.hidden, self.root, g, allow_unused=True)
-        self.hidden = self.root = None
+            torch.autograd.grad(self.hidden, self.roots, g, allow_unused=True)
+        self.hidden, self.roots = None, []
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Runner:
         self.attributes = self._survey()
 
     def _survey(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        site = Site({}, "hvp", self.backbone.get_input_embeddings())
+        site = Site({}, "hvp", token_embedding(self.backbone))
         known = _survey(self.model, site)
         served = site.served | {id(self.head.weight), id(self.head.bias)}
         if lost := [n for n, p in self.params.items() if id(p) not in served]:
@@ -118,7 +118,7 @@ class Runner:
                 del module.__dict__[name]
                 if there:
                     module.__dict__[name] = before
-            session.leaves, session.calls, session.root = {}, [], None
+            session.leaves, session.calls, session.roots = {}, [], []
             session.at = session.second = session.owner = None
             _open.discard(id(self.backbone))
 
@@ -129,11 +129,11 @@ class Runner:
         with self.open(), torch.set_grad_enabled(session.hvp):
             h = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
             h = h.flatten(0, 1).index_select(0, at)
-            calls, root = session.calls, session.root
+            calls, roots = session.calls, session.roots
         with torch.no_grad():
             head = Head(self.head, self.softcap, h, target, session.hvp)
         lp = AnswerLogps(head.logp, row, count, _like(ref, head.logp), batch.index)
-        return Held(ids, at, lp, head, calls, root, h if session.hvp else None)
+        return Held(ids, at, lp, head, calls, roots, h if session.hvp else None)
 
     def sweep(
         self, held: Held, leaves: Mapping[str, Tensor], k: int, second: bool = False

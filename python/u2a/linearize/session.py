@@ -45,7 +45,7 @@ class Session:
         self.at: int | None = None  # the next call of a sweep; None while recording
         self.k = self.rows = 1
         self.leaves: dict[int, Tensor] = {}
-        self.root: Tensor | None = None
+        self.roots: list[Tensor] = []
         self.second: Tensor | None = None
         self.owner: Tensor | None = None
         self.sink: Sink | None = None

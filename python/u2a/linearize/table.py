@@ -72,6 +72,23 @@ def opt_positions(module: Any, session: Session) -> Attributes:
     return {"forward": forward}
 
 
+def lora_embedding(module: Any, session: Session) -> Attributes:
+    def forward(ids: Tensor) -> Tensor:
+        y: Tensor = module.base_layer(ids)
+        rows = ids[:1].expand(session.rows, *ids.shape[1:]) if len(ids) != session.rows else ids
+        for name in dual_lora.active(module):
+            low = session.run(partial(columns, name), rows)
+            low = session.run(partial(Linear, session, module.lora_embedding_B[name], None), low)
+            y = y + (low * dual_lora.embedding_scale(module, name)).to(y.dtype)
+        return y
+
+    def columns(name: str) -> Embedding:
+        padding_idx = module.base_layer.padding_idx
+        return Embedding(session, module.lora_embedding_A[name], padding_idx, True, turned=True)
+
+    return {"forward": forward}
+
+
 def layer_norm(module: nn.LayerNorm, session: Session) -> Attributes:
     def make() -> Norm:
         return Norm(session, module.weight, module.bias, module.eps, centred=True)
@@ -234,6 +251,7 @@ TWINS: dict[Any, Handler | None] = {
     dual_moe.olmoe_attention: attention,
     dual_mlp.activation: activation,
     dual_lora.lora_linear: untouched,
+    dual_lora.lora_embedding: lora_embedding,
     dual_mlp.gated_mlp: gated_mlp,
     dual_mlp.packed_mlp: packed_mlp,
     dual_moe.router: router,
