@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from u2a.errors import ConfigError
+from u2a.lookup import lookup
 from u2a.parallel import plain
 from u2a_kernels import dual_layer_norm, dual_linear, dual_rms_norm
 
@@ -89,7 +90,7 @@ def embedding(module: nn.Embedding, site: Site) -> dict[str, Any]:
             site.rows = ids.shape[0]
         elif ids.shape[0] == 1:
             ids = ids.expand(site.rows, *ids.shape[1:])
-        e = F.embedding(ids, module.weight, module.padding_idx)
+        e = lookup(ids, module.weight, module.padding_idx)
         if weight_t is None:
             return torch.cat([e, torch.zeros_like(e)])
         e_t = F.embedding(ids, weight_t)

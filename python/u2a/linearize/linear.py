@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from u2a.grouped import grouped
 from u2a.linearize.session import Op, Session, Sink
+from u2a.lookup import lookup
 
 Rows = Callable[..., Tensor]
 
@@ -184,7 +185,7 @@ class Embedding(Op):
         if w_t is None:
             return self.weight.new_zeros(k * self.ids.shape[0], *self.ids.shape[1:],
                                          self.weight.shape[1])  # fmt: skip
-        e_t = torch.cat([F.embedding(self.ids, w, self.padding_idx) for w in w_t])
+        e_t = torch.cat([lookup(self.ids, w, self.padding_idx) for w in w_t])
         sink = self.session.sink
         if sink is not None and e_t.requires_grad:
             e_t.register_hook(
