@@ -82,9 +82,9 @@ def _llama(s: Setting) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_base(s: Setting) -> nn.Module:
+def make_base(s: Setting, seed: int = 0) -> nn.Module:
     """The same weights every time, no adapter yet."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return _gpt2(s) if s.model == "gpt2" else _llama(s)
 
 

@@ -68,10 +68,11 @@ def train(model: nn.Module, data: Tensor, steps: int) -> float:
 
 
 @cache
-def trained(name: str, steps: int) -> tuple[nn.Module, Tensor, float]:
-    """A bf16 model, ids it is asked about, and the loss its training reached."""
+def trained(name: str, steps: int, seed: int = 0) -> tuple[nn.Module, Tensor, float]:
+    """A bf16 model, held-out ids it is asked about, and the loss its training reached."""
     data, vocab = blocks()
-    model = make_base(Setting(name, LENGTH, vocab)).to(DEVICE)
+    data = data.roll(-seed * ROWS, 0)
+    model = make_base(Setting(name, LENGTH, vocab), seed).to(DEVICE)
     reached = train(model, data[ROWS:], steps)
     if name == "llama":
         model = with_lora(model)
@@ -131,8 +132,8 @@ def differences(p: Problem, want: Tree) -> str:
     return ", ".join(f"{100 * found[i][0]:.2f} % at {found[i][1]:.0e}" for i in around)
 
 
-def problems(name: str, steps: int) -> Iterator[tuple[str, Problem]]:
-    model, ids, _ = trained(name, steps)
+def problems(name: str, steps: int, seed: int = 0) -> Iterator[tuple[str, Problem]]:
+    model, ids, _ = trained(name, steps, seed)
     for kind, v in directions(model, ids).items():
         yield kind, Problem(model, ids, normalised(v))
 

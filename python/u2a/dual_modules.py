@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from u2a.errors import ConfigError
+from u2a.lookup import lookup
 from u2a.parallel import plain
 from u2a_kernels import dual_layer_norm, dual_linear, dual_rms_norm
 
@@ -98,7 +99,7 @@ def looked_up(
     """Rows of a table and their tangents; ids of one row stand for all."""
     if ids.shape[0] == 1:
         ids = ids.expand(site.rows, *ids.shape[1:])
-    e = F.embedding(ids, weight, padding_idx)
+    e = lookup(ids, weight, padding_idx)
     if weight_t is None:
         return torch.cat([e, torch.zeros_like(e)])
     e_t = F.embedding(ids, weight_t)

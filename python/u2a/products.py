@@ -17,7 +17,7 @@ from u2a.batch import AnswerLogps, Batch, Batches, Refs, score_index, sequence, 
 from u2a.dual import Dual, dual
 from u2a.logps import answer_logps, dual_answer_logps, dual_logps
 from u2a.parallel import all_rows, gradients, sum_, summed, unwrapped
-from u2a.tree import Tree, add_, trainable, zeros_like
+from u2a.tree import Tree, add_, cast_like, sums_like, trainable
 
 Loss = Callable[[AnswerLogps], Tensor]
 
@@ -90,11 +90,11 @@ def gradient(
     found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     params = trainable(model)
-    out = zeros_like(params)
+    out = sums_like(params, len(found))
     for batch, r in with_refs(found, ref):
         with torch.enable_grad():
             _accumulate(out, part(answer_logps(unwrapped(model), batch, ref=r)), params)
-    return sum_(model, out)
+    return sum_(model, cast_like(out, params))
 
 
 def hvp(
@@ -114,13 +114,13 @@ def hvp(
     found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     params = trainable(model)
-    out = zeros_like(params)
+    out = sums_like(params, len(found))
     with dual(unwrapped(model), v, "hvp") as run, torch.enable_grad():
         for batch, r in with_refs(found, ref):
             lp, logp_t, _ = dual_logps(run, batch, r)
             first, second = _adjoint(part, lp, logp_t)
             _accumulate(out, (first * logp_t).sum() + (second * lp.logp).sum(), params)
-    return sum_(model, out)
+    return sum_(model, cast_like(out, params))
 
 
 def ggnvp(
@@ -142,13 +142,13 @@ def ggnvp(
     found = sequence(batches)
     part = _weighted(loss, weights, all_rows(model, found))
     params = trainable(model)
-    out = zeros_like(params)
+    out = sums_like(params, len(found))
     with dual(unwrapped(model), v, "ggn") as run, torch.enable_grad():
         for batch, r in with_refs(found, ref):
             lp, logp_t, _ = dual_logps(run, batch, r)
             first, _ = _adjoint(part, lp)
             _accumulate(out, -(first.abs() * logp_t).sum(), params)
-    return sum_(model, out)
+    return sum_(model, cast_like(out, params))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from u2a.parallel import placed_like, unwrapped, whole
+from u2a_kernels._segments import accum_dtype
 
 Tree = dict[str, Tensor]
 
@@ -22,6 +23,21 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def zeros_like(tree: Mapping[str, Tensor]) -> Tree:
     return {name: torch.zeros_like(t, requires_grad=False) for name, t in tree.items()}
+
+
+def sums_like(tree: Mapping[str, Tensor], terms: int) -> Tree:
+    """Zeros for that many terms to be added to, then `cast_like` the tree: float32 where a
+    narrower type would round every sum on the way."""
+    if terms < 2:
+        return zeros_like(tree)
+    return {
+        name: torch.zeros_like(t, dtype=accum_dtype(t), requires_grad=False)
+        for name, t in tree.items()
+    }
+
+
+def cast_like(tree: Tree, like: Mapping[str, Tensor]) -> Tree:
+    return {name: t.to(like[name].dtype) for name, t in tree.items()}
 
 
 def scaled(tree: Mapping[str, Tensor], factor: float | Tensor) -> Tree:

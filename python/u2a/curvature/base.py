@@ -11,7 +11,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from u2a.tree import Tree, add_, dot, flatten, numel, scaled, signs_like, unflatten, zeros_like
+from u2a.tree import (
+    Tree,
+    add_,
+    cast_like,
+    dot,
+    flatten,
+    numel,
+    scaled,
+    signs_like,
+    sums_like,
+    unflatten,
+)
 
 
 class Operator(Protocol):
@@ -73,10 +84,11 @@ class Curvature:
         return sum(self.quadratic(z) for z in self._signs()) / (self.probes * self.shape[0])
 
     def diagonal(self) -> Tree:
-        total = zeros_like(self.like)
+        total = sums_like(self.like, self.probes)
         for z in self._signs():
             product = self.matvec(z)
             add_(total, {name: z[name] * t for name, t in product.items()}, 1 / self.probes)
+        total = cast_like(total, self.like)
         if self.definite:
             return {name: t.clamp_min(0) for name, t in total.items()}
         return total

@@ -17,7 +17,7 @@ from u2a.linearize.head import Parts
 from u2a.linearize.runner import Held, Runner
 from u2a.linearize.session import Sink
 from u2a.products import Loss, _weighted
-from u2a.tree import Tree, trainable, zeros_like
+from u2a.tree import Tree, cast_like, sums_like, trainable
 
 Mode = Literal["ggn", "hvp"]
 TOGETHER = {"cpu": 4, "cuda": 16}  # directions in one sweep: more leave a CPU's cache
@@ -106,13 +106,13 @@ class Linearized:
         out: list[Tree] = []
         for start in range(0, len(vs), self._step):
             some = vs[start : start + self._step]
-            total = [zeros_like(self.like) for _ in some]
+            total = [sums_like(self.like, len(self._held)) for _ in some]
             leaves = self._stacked(some)
             for held, first in zip(self._held, self._first, strict=True):
                 for name, t in self._product(held, first, leaves, len(some)).items():
                     for tree, each in zip(total, t, strict=True):
                         tree[name] += each
-            out += total
+            out += [cast_like(t, self.like) for t in total]
         return out
 
     def quadratics(self, vs: Sequence[Mapping[str, Tensor]]) -> list[float]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from u2a.dual_modules import UnsupportedModel
 from u2a.grouped import grouped
 from u2a.linearize.session import Op, Session, Sink
+from u2a.lookup import lookup
 
 Rows = Callable[..., Tensor]
 
@@ -195,7 +196,7 @@ class Embedding(Op):
             return self.weight.new_zeros(k * self.ids.shape[0], *self.ids.shape[1:], width)
         if self.turned:
             w_t = w_t.mT
-        e_t = torch.cat([F.embedding(self.ids, w, self.padding_idx) for w in w_t])
+        e_t = torch.cat([lookup(self.ids, w, self.padding_idx) for w in w_t])
         sink = self.session.sink
         if sink is not None and self.turned:
             raise UnsupportedModel("LoRA on an embedding", "u2a.index: features of products")
