@@ -153,15 +153,19 @@ def noise_table(rows: Rows) -> str:
 
 
 def class_table(rows: Rows) -> str:
-    """Share of weight by planted class, mean over everything measured."""
+    """Share of weight by planted class, mean over what was measured at the highest noise."""
     if not rows:
         return ""
+    noise = max(r["noise"] for r in rows)
+    rows = [r for r in rows if r["noise"] == noise]
     kinds = sorted({k for r in rows for k in r["shares"]})
     body = []
     for name in dict.fromkeys(r["selector"] for r in rows):
         mine = [r["shares"] for r in rows if r["selector"] == name]
         body.append((name, *(f"{fmean(s.get(k, 0.0) for s in mine):.2f}" for k in kinds)))
-    return "## Share of the weight by planted class\n\n" + table(["selector", *kinds], body)
+    return f"## Share of the weight by planted class ({noise:.0%} mislabelled)\n\n" + table(
+        ["selector", *kinds], body
+    )
 
 
 def detection_table(rows: Rows) -> str:
