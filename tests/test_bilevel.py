@@ -200,6 +200,14 @@ def test_proximal_updates_reach_the_l1_optimum():
     assert float(toy.last.sum()) <= 0.3 + 1e-6 and float(toy.last.max()) <= 0.1 + 1e-6
 
 
+def test_an_l1_penalty_above_every_gain_empties_the_support():
+    plan = Plan(4, 0.4, 1, rounds=200, update="proximal", penalty=Penalty("l1", 100.0))
+    found = bilevel(Toy(seed=3), plan)
+    last = found.rounds[-1]
+    assert (last["support"], last["effective_support"]) == (0, 0.0)
+    assert last["J"] == pytest.approx(found.J_start) and len(found.rounds) < 202
+
+
 @pytest.mark.parametrize("kind", ["entropy", "l1"])
 def test_penalised_updates_raise_the_penalised_objective(kind):
     penalty, reached = Penalty(kind, 0.3), {}

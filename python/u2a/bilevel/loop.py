@@ -55,7 +55,7 @@ class Loop:
         row = {
             "round": name,
             "support": int((new > 0).sum()),
-            "effective_support": float(new.sum() ** 2 / new.square().sum()),
+            "effective_support": float(new.sum() ** 2 / new.square().sum()) if new.any() else 0.0,
             "added": int(((new > 0) & ~(before > 0)).sum()),
             **values,
             "mix": mix,
